@@ -1,0 +1,541 @@
+"""clipsft.py - pre-train a small GPT, fine-tune it with and without clipping, then run GRPO.
+
+    python clipsft.py                                 the main job: one table, one figure
+    python clipsft.py --seeds 10                      the claims study (then: python eval.py RUN)
+    python clipsft.py --methods sft clip:eps_high=0.1 --seeds 3       test a hypothesis
+
+Every method is a per-token loss in METHODS; data order and number of updates are the same for all.
+A method may carry its own settings: clip:eps_high=0.4,old_every=24 or sft:lr=1e-4.
+"""
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import queue
+import random
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+import data
+import eval as ev
+from model import (GPT, BadInput, GPTConfig, adamw, arg, atomic_write, autocast, check, generator,
+                   load_checkpoint, parse, pick_device, response_logits, response_logprobs,
+                   run_main, save_checkpoint, trim, update)
+from rl import RLConfig, clipped_surrogate, grpo, kl_exact, masked_mean, micro_batches
+
+
+# --------------------------------------------------------------------------------- per-token losses
+def sft_loss(logp):
+    """Supervised fine-tuning: the weight on grad log pi is 1. logp (B, T) -> (B, T), to minimise."""
+    # L_SFT = - log pi(y_t)
+    return -logp
+
+
+def clip_loss(logp, old_logp, eps_low, eps_high):
+    """Clipped SFT: PPO's surrogate with advantage 1. The weight on grad log pi is r up to 1+eps_high
+    and 0 beyond: a token rests once its probability has grown by that factor since the old policy.
+    An improbable token gets there first; one with p_old > 1/(1+eps_high) never does."""
+    # J = min(r_t, clip(r_t, 1 - e, 1 + e)), A_t = 1               PSFT 2508.17784 eq. 6; paper 1 eq. 8-9
+    return -clipped_surrogate(logp, old_logp, 1.0, eps_low, eps_high)
+
+
+def dft_loss(logp):
+    """Dynamic fine-tuning (2508.05629): the weight is pi itself, held constant, so that the gradient
+    is that of - pi(y_t): the opposite remedy, which never learns what it finds improbable."""
+    # L_DFT = - sg(pi(y_t)) log pi(y_t)
+    return -logp.detach().exp() * logp
+
+
+def unclipped(b):
+    return clip_loss(b.logp, b.old_logp, 1.0, math.inf)
+
+
+# b holds, for the batch at hand, (B, T-1) tensors: logp; old_logp and base_logp, of the old policy and
+# of the base; mask; noise, uniform and fixed for each token of the set; fresh, uniform and new at each
+# step; and rate, the share of the set's tokens that the base gives less than mask_p. c is the Config.
+METHODS = {
+    "sft": lambda b, c: sft_loss(b.logp),
+    "clip": lambda b, c: clip_loss(b.logp, b.old_logp, c.eps_low, c.eps_high),
+    "dft": lambda b, c: dft_loss(b.logp),
+    # Controls. What is it about clip that helps: r as a weight, the moving old policy, which tokens rest?
+    "ratio": lambda b, c: unclipped(b),
+    "frozen": lambda b, c: clip_loss(b.logp, b.base_logp, c.eps_low, c.eps_high),
+    "rest_random": lambda b, c: unclipped(b) * (
+        b.fresh >= ((b.logp - b.old_logp).exp() > 1 + c.eps_high)[b.mask].float().mean()),
+    # Masks over the whole run: improbable tokens, random tokens, most probable tokens, equally many.
+    "mask_low": lambda b, c: sft_loss(b.logp) * (b.base_logp >= math.log(c.mask_p)),
+    "mask_random": lambda b, c: sft_loss(b.logp) * (b.noise >= b.rate),
+    "mask_high": lambda b, c: sft_loss(b.logp) * (b.base_logp <= b.high),
+    # KL(pi || base) over the whole vocabulary as a leash (SFT-KL of 2508.17784).
+    "kl": lambda b, c: sft_loss(b.logp) + c.kl_weight * b.kl(),
+}
+NEED_OLD = ("clip", "ratio", "rest_random")
+
+
+# ---------------------------------------------------------------------------------- configuration
+@dataclass
+class Config(RLConfig):
+    preset: str = arg("cpu", "smoke: every stage in seconds; cpu; gpu: the recipe at 100M parameters")
+    methods: list[str] = arg([], "methods, NAME or NAME:flag=value,...; if none are given sft and clip, "
+                             "with --seeds the study's whole list")
+    seeds: int = arg(1, "how many seeds, from --seed on; each has its own base", above=0)
+    rl_methods: list[str] = arg(["sft", "clip"], "those from whose checkpoints GRPO starts, or none")
+    rl_from: list[int] = arg([], "SFT steps that GRPO starts from; if none are given 100 200, with "
+                             "--seeds a grid of eight", above=0)
+    steps: int = arg(200, "SFT updates", above=0)
+    lr: float = arg(3e-4, "SFT learning rate", above=0)
+    batch_size: int = arg(16, "demonstrations an update", above=0)
+    demos: int = arg(64, "demonstrations in all", above=0)
+    p_word: float = arg(0.3, "chance of an unpredictable connective before a step", above=-1e-9,
+                        below=1)
+    eps_low: float = arg(0.2, "clip below: 1 - eps_low (never acts while the advantage is 1)",
+                         above=0, below=1)
+    eps_high: float = arg(0.2, "clip above: 1 + eps_high", above=0)
+    old_every: int = arg(12, "K, updates per refresh of the old policy", above=0)
+    mask_p: float = arg(0.1, "mask_* methods: base probability under which a token is masked",
+                        above=0, below=1)
+    kl_weight: float = arg(0.5, "kl method: weight of KL(pi || base)", above=0)
+    n_layer: int = arg(3, "layers", above=0)
+    n_head: int = arg(4, "attention heads", above=0)
+    n_embd: int = arg(96, "width", above=0)
+    base_steps: int = arg(1700, "pre-training updates", above=0)
+    base_lr: float = arg(4e-3, "pre-training peak learning rate", above=0)
+    base_batch: int = arg(64, "documents a pre-training update", above=0)
+    base_docs: int = arg(60000, "different pre-training documents", above=0)
+    compile: bool = arg(False, "torch.compile the training forward pass")
+    workers: int = arg(0, "processes, one thread each; 0 is one a core, on CUDA one in all", above=-1)
+    out_dir: str = arg("runs/main", "run folder; bases are cached in its parent folder")
+    resume: bool = arg(False, "finish a stopped run")
+
+
+STUDY = ["sft", "clip", "dft", "ratio", "frozen", "rest_random", "mask_low", "mask_random",
+         "mask_high", "kl"]
+STUDY_RL = [8, 16, 30, 60, 100, 150, 200, 400]
+PRESETS = {
+    "cpu": {},
+    "smoke": dict(n_layer=2, n_head=2, n_embd=32, base_steps=20, base_docs=400, steps=8, rl_from=[8],
+                  rl_steps=2, rl_prompts=4, eval_n=16),
+    "gpu": dict(n_layer=14, n_head=12, n_embd=768, base_steps=1500, base_lr=6e-4, base_batch=512,
+                base_docs=400000, lr=3e-5, rl_lr=1e-5, dtype="bf16", device="cuda"),
+}
+
+
+def settings_of(spec, c):
+    """'clip:eps_high=0.4,lr=1e-4' -> ('clip', c with these settings)."""
+    name, _, extra = spec.partition(":")
+    if name not in METHODS:
+        raise BadInput(f"--methods {spec}: choose from {', '.join(METHODS)}")
+    for item in filter(None, extra.split(",")):
+        key, _, value = item.partition("=")
+        kind = {f.name: f.type for f in dataclasses.fields(c)}.get(key)
+        if kind not in (int, float):
+            raise BadInput(f"--methods {spec}: {key!r} is not a numeric flag")
+        try:
+            c = dataclasses.replace(c, **{key: kind(value)})
+        except ValueError:
+            raise BadInput(f"--methods {spec}: {value!r} is not a number for {key}")
+    check(c)
+    if name in NEED_OLD and c.old_every == 1:
+        raise BadInput(f"--old_every 1 with {name}: right after a refresh the ratio is 1, so nothing "
+                       "is ever clipped and the method is plain SFT; use 2 or more")
+    return name, c
+
+
+def eval_steps(steps):
+    """Dense while the OOD curve peaks, then ever sparser, and the last step."""
+    grid = [2, 4, 6, 8, 10, 12, 16, 20, 25, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 1000, 1500]
+    return [s for s in grid if s < steps] + [steps]
+
+
+# ------------------------------------------------------------------------------------ pre-training
+def base_path(c, seed):
+    """Where the base of this seed is cached: a name made of everything that its weights depend on."""
+    keys = ("n_layer", "n_head", "n_embd", "base_steps", "base_lr", "base_batch", "base_docs", "device",
+            "dtype", "max_new")
+    source = [Path(__file__).with_name(f).read_text(encoding="utf-8") for f in ("data.py", "model.py")]
+    what = repr([getattr(c, k) for k in keys] + [seed] + source)
+    return Path(c.out_dir).parent / f"base-{hashlib.sha256(what.encode()).hexdigest()[:12]}.pt"
+
+
+def pretrain(c, seed, device):
+    """Train the base, the prior knowledge, or take it from the cache. -> its path. Stopped half-way
+    it goes on where it was: the cache name is its configuration."""
+    path = base_path(c, seed)
+    if path.exists():
+        return path
+    part = Path(f"{path}.part")
+    rng = random.Random(f"{seed}/docs")
+    docs = [data.base_document(rng) for _ in range(c.base_docs)]
+    ids, mask = data.batch([(p.prompt, r) for p, r in docs])
+    length = (ids != data.PAD).sum(1)
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(data.N_VOCAB, 12 + c.max_new, c.n_layer, c.n_head, c.n_embd)).to(device)
+    opt, start = adamw(model, c.base_lr, betas=(0.9, 0.98), weight_decay=0.1), 0
+    if part.exists():
+        model, state = load_checkpoint(part, device)
+        opt = adamw(model, c.base_lr, betas=(0.9, 0.98), weight_decay=0.1)
+        opt.load_state_dict(state["optimizer"])
+        start = state["step"]
+    forward(model, c)
+    per_epoch = c.base_docs // c.base_batch
+    bar = tqdm(range(start, c.base_steps), initial=start, total=c.base_steps,
+               desc=f"pre-train base {seed}", mininterval=1)
+    for step in bar:
+        if step == start or step % per_epoch == 0:
+            order = torch.randperm(c.base_docs, generator=generator("cpu", seed, step // per_epoch))
+        rows = order[step % per_epoch * c.base_batch:][:c.base_batch]
+        rows = rows[length[rows].argsort()]    # short rows together: micro-batches without padding
+        total = 0.0
+        for part_rows, share in micro_batches(mask[rows], "token", 2 * c.grad_accum):
+            x, m = (t.to(device, non_blocking=True) for t in trim(ids[rows[part_rows]],
+                                                                   mask[rows[part_rows]]))
+            with autocast(device, c.dtype):
+                loss = share * masked_mean(-response_logprobs(model, x, m), m[:, 1:])
+            loss.backward()
+            total += loss.detach()
+        # warm up for 100 steps, then down to 0 in a straight line
+        update(model, opt, c.base_lr * min(1, (step + 1) / 100) * (1 - step / c.base_steps))
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{float(total):.3f}")
+        if (step + 1) % 200 == 0 and step + 1 < c.base_steps:
+            save_checkpoint(part, model, optimizer=opt.state_dict(), step=step + 1)
+    save_checkpoint(path, model)
+    part.unlink(missing_ok=True)
+    return path
+
+
+def forward(model, c):
+    """--compile: the training forward pass of a model, compiled once for all shapes."""
+    if c.compile:
+        model.hidden = torch.compile(model.hidden, dynamic=True)
+
+
+# ------------------------------------------------------------------------------------- fine-tuning
+def demonstrations(c, seed):
+    """The expert's data: c.demos problems of the train split under the ID rule. -> ids, mask (N, T)"""
+    rng = random.Random(f"{seed}/demonstrations")
+    problems = [data.draw(rng, "train", rule=data.ID_RULE) for _ in range(c.demos)]
+    return data.batch([(p.prompt, data.expert(p, rng, c.p_word)) for p in problems])
+
+
+def by_bin(x, bins, mask):
+    """Sums of x (N, T) over the ten base-probability bins, [0, .1) first. -> list of 10 floats."""
+    sums = torch.zeros(10, device=x.device).index_add_(0, bins[mask], x[mask].float())
+    return sums.tolist()
+
+
+def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
+             on_row=lambda row, model: None):
+    """Fine-tune a copy of base by one method. -> (model, metrics rows). One loop for all methods.
+
+    path: where to keep a resumable checkpoint; state: what load_checkpoint returned for it."""
+    name, c = settings_of(spec, c)
+    dev = next(base.parameters()).device
+    ids, mask = (t.to(dev) for t in demonstrations(c, seed))
+    N, m = len(ids), mask[:, 1:]
+    with torch.no_grad():
+        base_logp = response_logprobs(base, ids, mask)                       # (N, T-1)
+    bins = (base_logp.exp() * 10).long().clamp(max=9)                        # (N, T-1)
+    n_bin = by_bin(torch.ones_like(base_logp), bins, m)
+    noise = torch.rand(m.shape, generator=generator("cpu", seed, "noise")).to(dev)
+    rate = (base_logp[m] < math.log(c.mask_p)).float().mean()
+    high = base_logp[m].sort().values[int((1 - rate) * m.sum()) - 1]
+
+    model = copy.deepcopy(base)
+    opt, rows, start, old_logp = adamw(model, c.lr), [], 0, base_logp.clone()
+    clipped, seen, losses = torch.zeros(10), torch.zeros(10), []
+    if state:
+        model.load_state_dict(state["model"])
+        opt.load_state_dict(state["optimizer"])
+        rows, start, old_logp = state["rows"], state["step"], state["old_logp"].to(dev)
+    forward(model, c)
+    per_epoch = -(-N // c.batch_size)
+    grid = eval_steps(c.steps)
+    for step in range(start, c.steps):
+        # Every K updates the policy as it stands becomes the old policy. K larger than an epoch lets
+        # tokens meet their own ratio again within one refresh (paper 1: 3 passes over the same data).
+        if step % c.old_every == 0 and name in NEED_OLD:
+            with torch.no_grad():
+                old_logp = response_logprobs(model, ids, mask)
+        epoch = torch.randperm(N, generator=generator("cpu", seed, "order", step // per_epoch))
+        batch = epoch[step % per_epoch * c.batch_size:][:c.batch_size].to(dev)
+        fresh = torch.rand(m.shape, generator=generator("cpu", seed, "fresh", step)).to(dev)
+        loss = 0.0
+        for part, share in micro_batches(mask[batch], c.aggregate, c.grad_accum):
+            part = batch[part]
+            with autocast(dev, c.dtype):
+                x, xm, *extra = trim(ids[part], mask[part], m[part], old_logp[part],
+                                     base_logp[part], noise[part], fresh[part])
+                b = SimpleNamespace(**dict(zip(("mask", "old_logp", "base_logp", "noise", "fresh"),
+                                               extra)), rate=rate, high=high)
+                b.logp = response_logprobs(model, x, xm)
+
+                def kl():
+                    with torch.no_grad():
+                        ref = response_logits(base, x, xm)
+                    return torch.zeros_like(b.logp).masked_scatter(
+                        b.mask, kl_exact(response_logits(model, x, xm), ref))
+                b.kl = kl
+                part_loss = share * masked_mean(METHODS[name](b, c), b.mask, c.aggregate, c.max_new)
+            part_loss.backward()
+            loss += part_loss.item()
+            over = (b.logp.detach() - b.old_logp > math.log(1 + c.eps_high)) & b.mask
+            clipped += torch.tensor(by_bin(over, bins[part][:, :over.shape[1]], b.mask))
+            seen += torch.tensor(by_bin(b.mask, bins[part][:, :over.shape[1]], b.mask))
+        try:
+            update(model, opt, c.lr)
+        except FloatingPointError as e:
+            raise FloatingPointError(f"{spec}, seed {seed}, step {step}: {e}; last good checkpoint: "
+                                     f"{path}")
+        losses.append(loss)
+        tick(loss=loss)
+        if step + 1 in grid:
+            with torch.no_grad(), autocast(dev, c.dtype):
+                logp = response_logprobs(model, ids, mask)
+                row = dict(seed=seed, method=spec, stage="sft", init_step=0, step=step + 1,
+                           **ev.evaluate(model, c, base), loss=ev.mean(losses),
+                           clip_frac=(clipped.sum() / seen.sum()).item() if name in NEED_OLD else 0.0,
+                           clip_bins=(clipped / seen.clamp(min=1)).tolist(),
+                           logp_bins=[s / n if n else None
+                                      for s, n in zip(by_bin(logp, bins, m), n_bin)], n_bin=n_bin)
+            rows.append(row)
+            clipped, seen, losses = torch.zeros(10), torch.zeros(10), []
+            on_row(row, model)
+            if path:
+                save_checkpoint(path, model, optimizer=opt.state_dict(), step=step + 1, rows=rows,
+                                old_logp=old_logp)
+    return model, rows
+
+
+# ------------------------------------------------------------------------------------- the pipeline
+def slug(*parts):
+    return "-".join(map(str, parts)).replace(":", "_").replace("=", "").replace(",", "_")
+
+
+def run_cell(c, spec, seed, report):
+    """One method on one seed: fine-tune, then GRPO from its checkpoints. What is finished is never
+    computed again; what was stopped half-way goes on from its last checkpoint."""
+    out, device = Path(c.out_dir), torch.device(c.device)
+    name = f"s{seed} {spec}"
+    base, _ = load_checkpoint(base_path(c, seed), device)
+
+    def unit(tag, work):
+        """Rows of a unit of work from its file, or from work(state, path)."""
+        done, part = out / "cells" / f"{tag}.json", out / "cells" / f"{tag}.part"
+        if done.exists():
+            rows = json.loads(done.read_text(encoding="utf-8"))
+            report(cell=name, skipped=rows[-1]["step"])
+            return rows
+        state = None
+        if part.exists():
+            model, state = load_checkpoint(part, device)
+            state["model"] = model.state_dict()
+            report(cell=name, skipped=state["step"])
+        rows = work(state, part)
+        atomic_write(done, json.dumps(rows).encode())
+        part.unlink(missing_ok=True)
+        return rows
+
+    def tick(**stats):
+        report(cell=name, **stats)
+
+    starts = [s for s in c.rl_from if s <= settings_of(spec, c)[1].steps]
+    if spec not in c.rl_methods:
+        starts = []
+
+    def keep(row, model):
+        if row["step"] in starts:
+            save_checkpoint(out / "ckpt" / f"{slug(f's{seed}', spec, row['step'])}.pt", model)
+        report(cell=name, row=row)
+
+    unit(slug(f"s{seed}", spec),
+         lambda state, part: finetune(base, c, spec, seed, part, state, tick, keep)[1])
+
+    def heal(start, state, part):
+        ckpt = out / "ckpt" / slug(f"s{seed}", spec, start)
+        model, _ = load_checkpoint(f"{ckpt}.pt", device)
+        if state:
+            model.load_state_dict(state["model"])
+        try:
+            stats = grpo(model, c, seed, part, state=state, tick=tick)
+        except FloatingPointError as e:
+            raise FloatingPointError(f"GRPO from {ckpt}.pt: {e}; last good checkpoint: {part}")
+        save_checkpoint(f"{ckpt}-rl.pt", model)
+        with autocast(device, c.dtype):
+            row = dict(seed=seed, method=spec, stage="rl", init_step=start, step=c.rl_steps,
+                       **ev.evaluate(model, c, base), **stats)
+        report(cell=name, row=row)
+        return [row]
+
+    for start in starts:
+        unit(slug(f"s{seed}", spec, start, "rl"),
+             lambda state, part, start=start: heal(start, state, part))
+
+
+def worker(jobs, messages, parent):
+    """A process of its own with one thread: takes jobs until there are none, sends messages."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the parent's business
+    torch.set_num_threads(1)
+
+    def report(**message):
+        if os.getppid() != parent:
+            os._exit(1)                             # the parent was killed: leave its files alone
+        messages.put(message)
+    for job in iter(jobs.get, None):
+        try:
+            run_cell(*job, report)
+            report(finished=True)
+        except Exception as e:
+            report(error=e)
+
+
+def run_cells(jobs, workers, total, metrics):
+    """Run all cells, on one process each or here; show one bar and one line a checkpoint."""
+    print(f"{'':>24}  step     ID    OOD  prior  entropy  clipped")
+    with tqdm(total=total, unit="step", mininterval=0.5) as bar:
+        def show(message):
+            if "error" in message:
+                raise message["error"]
+            if "row" in message:
+                r = message["row"]
+                label = f"{r['seed']} {r['method']}" + (f" {r['init_step']}+RL" if r["init_step"] else "")
+                bar.write(f"{label:>24} {r['step']:5d}  {r['id']:.3f}  {r['ood']:.3f}  "
+                          f"{r['prior']:.3f}    {r['entropy']:.3f}    {r['clip_frac']:.3f}")
+                metrics.write(json.dumps(r) + "\n")
+                metrics.flush()
+            elif "skipped" in message:
+                bar.update(message["skipped"])
+            elif "cell" in message:
+                bar.update()
+                stats = {k: f"{message[k]:.2f}" for k in ("loss", "reward") if k in message}
+                bar.set_postfix_str(f"{message['cell']} {stats}", refresh=False)
+
+        if workers == 1:
+            for job in jobs:
+                run_cell(*job, lambda **message: show(message))
+            return
+        ctx = multiprocessing.get_context("spawn")
+        todo, messages = ctx.Queue(), ctx.Queue()
+        for job in jobs + [None] * workers:
+            todo.put(job)
+        pool = [ctx.Process(target=worker, args=(todo, messages, os.getpid()), daemon=True)
+                for _ in range(workers)]
+        for p in pool:
+            p.start()
+        left = len(jobs)
+        while left:
+            try:
+                message = messages.get(timeout=2)
+            except queue.Empty:
+                if any(p.exitcode for p in pool):
+                    raise BadInput("a worker process died; --resume goes on from its last checkpoint")
+                continue
+            left -= "finished" in message
+            show(message)
+
+
+def collect(c):
+    """All finished rows of a run, in grid order."""
+    cells = Path(c.out_dir) / "cells"
+    rows = []
+    for seed in range(c.seed, c.seed + c.seeds):
+        tags = [slug(f"s{seed}", "base")]
+        for spec in c.methods:
+            tags += [slug(f"s{seed}", spec)] + [slug(f"s{seed}", spec, s, "rl") for s in c.rl_from]
+        for tag in tags:
+            if (cells / f"{tag}.json").exists():
+                rows += json.loads((cells / f"{tag}.json").read_text(encoding="utf-8"))
+    return rows
+
+
+def prepare(argv):
+    """Command line -> config, checked whole; run folder made or, with --resume, compared."""
+    c = parse(Config, argv, __doc__, PRESETS)
+    study = c.seeds > 1
+    c.methods = list(dict.fromkeys(c.methods or (STUDY if study else ["sft", "clip"])))
+    c.rl_from = sorted(set(c.rl_from or (STUDY_RL if study else [100, 200])))
+    for spec in c.methods:
+        settings_of(spec, c)
+    for spec in c.rl_methods:
+        if spec != "none" and spec.partition(":")[0] not in METHODS:
+            raise BadInput(f"--rl_methods {spec}: choose from {', '.join(METHODS)} or none")
+    if c.n_embd % c.n_head:
+        raise BadInput(f"--n_embd {c.n_embd} is not a multiple of --n_head {c.n_head}")
+    if c.base_batch > c.base_docs:
+        raise BadInput(f"--base_batch {c.base_batch} is more than --base_docs {c.base_docs}")
+    c.device = pick_device(c.device).type
+    c.workers = c.workers or (os.cpu_count() if c.device == "cpu" else 1)
+    c.workers = min(c.workers, c.seeds * len(c.methods))
+
+    out = Path(c.out_dir)
+    config = json.loads(json.dumps(dataclasses.asdict(c)))
+    free = ("resume", "workers", "out_dir")
+    if (out / "config.json").exists():
+        if not c.resume:
+            raise BadInput(f"{out} holds a run already: finish or re-report it with --resume, or name "
+                           "another folder with --out_dir")
+        old = ev.read_config(out)
+        differ = [k for k in config if k not in free and old.get(k) != config[k]]
+        if differ:
+            raise BadInput(f"--resume: {out} was started with another " + ", ".join(
+                f"--{k} ({old.get(k)}, now {config[k]})" for k in differ))
+        return c
+    if c.resume:
+        raise BadInput(f"--resume: {out} holds no run (no config.json)")
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"--out_dir {out} is not empty and not a run of this program")
+    try:
+        (out / "ckpt").mkdir(parents=True)
+        (out / "cells").mkdir()
+    except OSError as e:
+        raise BadInput(f"--out_dir {out}: {e.strerror}")
+    config["versions"] = dict(python=platform.python_version(), torch=torch.__version__,
+                              machine=platform.machine(), cpus=os.cpu_count())
+    atomic_write(out / "config.json", json.dumps(config, indent=1).encode())
+    return c
+
+
+def main(argv=None):
+    c = prepare(argv)
+    out, device = Path(c.out_dir), torch.device(c.device)
+    try:
+        for seed in range(c.seed, c.seed + c.seeds):
+            path, done = pretrain(c, seed, device), out / "cells" / f"s{seed}-base.json"
+            if not done.exists():
+                base, _ = load_checkpoint(path, device)
+                with autocast(device, c.dtype):
+                    row = dict(seed=seed, method="base", stage="base", init_step=0, step=0,
+                               **ev.evaluate(base, c, base), clip_frac=0.0)
+                atomic_write(done, json.dumps([row]).encode())
+                print(f"base {seed}: sums right {row['answer_random']:.3f} (random rules), prior "
+                      f"abilities {row['prior']:.3f}")
+                if row["answer_random"] < 0.9:
+                    print("a base that cannot add has nothing to forget: raise --base_steps")
+        jobs = [(c, spec, seed) for spec in c.methods for seed in range(c.seed, c.seed + c.seeds)]
+        starts = {spec: [s for s in c.rl_from if spec in c.rl_methods
+                         and s <= settings_of(spec, c)[1].steps] for spec in c.methods}
+        jobs.sort(key=lambda job: -len(starts[job[1]]))          # long ones first
+        total = sum(settings_of(spec, c)[1].steps + len(starts[spec]) * c.rl_steps for _, spec, _ in jobs)
+        with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics:
+            for row in collect(c):
+                metrics.write(json.dumps(row) + "\n")
+            run_cells(jobs, c.workers, total, metrics)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(130)
+    atomic_write(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in collect(c)).encode())
+    ev.report(out)
+
+
+if __name__ == "__main__":
+    run_main(main)
