@@ -106,10 +106,10 @@ class Config(RLConfig):
                         above=0, below=1)
     kl_weight: float = arg(0.5, "kl method: weight of KL(pi || base)", above=0)
     n_layer: int = arg(3, "layers", above=0)
-    n_head: int = arg(4, "attention heads", above=0)
-    n_embd: int = arg(96, "width", above=0)
-    base_steps: int = arg(1700, "pre-training updates", above=0)
-    base_lr: float = arg(4e-3, "pre-training peak learning rate", above=0)
+    n_head: int = arg(2, "attention heads", above=0)
+    n_embd: int = arg(64, "width", above=0)
+    base_steps: int = arg(1800, "pre-training updates", above=0)
+    base_lr: float = arg(5e-3, "pre-training peak learning rate", above=0)
     base_batch: int = arg(64, "documents a pre-training update", above=0)
     base_docs: int = arg(60000, "different pre-training documents", above=0)
     compile: bool = arg(False, "torch.compile the training forward pass")
@@ -153,7 +153,7 @@ def settings_of(spec, c):
 
 def eval_steps(steps):
     """Dense while the OOD curve peaks, then ever sparser, and the last step."""
-    grid = [2, 4, 6, 8, 10, 12, 16, 20, 25, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 1000, 1500]
+    grid = [2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 60, 100, 150, 200, 300, 400, 700, 1000, 1500]
     return [s for s in grid if s < steps] + [steps]
 
 
@@ -167,12 +167,26 @@ def base_path(c, seed):
     return Path(c.out_dir).parent / f"base-{hashlib.sha256(what.encode()).hexdigest()[:12]}.pt"
 
 
-def pretrain(c, seed, device):
-    """Train the base, the prior knowledge, or take it from the cache. -> its path. Stopped half-way
-    it goes on where it was: the cache name is its configuration."""
-    path = base_path(c, seed)
-    if path.exists():
-        return path
+def pretrain(c, seed, report):
+    """Train the base, the prior knowledge, or find it in the cache; evaluate it. Stopped half-way it
+    goes on where it was: the cache name is its configuration."""
+    path, device = base_path(c, seed), torch.device(c.device)
+    if not path.exists():
+        train_base(c, seed, path, device, report)
+    here = Path(c.out_dir) / "ckpt" / f"s{seed}-base.pt"
+    if not here.exists():
+        atomic_write(here, path.read_bytes())
+    done = Path(c.out_dir) / "cells" / f"s{seed}-base.json"
+    if not done.exists():
+        base, _ = load_checkpoint(path, device)
+        with autocast(device, c.dtype):
+            row = dict(seed=seed, method="base", stage="base", init_step=0, step=0,
+                       **ev.evaluate(base, c, base), clip_frac=0.0)
+        atomic_write(done, json.dumps([row]).encode())
+        report(cell=f"base {seed}", row=row)
+
+
+def train_base(c, seed, path, device, report):
     part = Path(f"{path}.part")
     rng = random.Random(f"{seed}/docs")
     docs = [data.base_document(rng) for _ in range(c.base_docs)]
@@ -187,10 +201,9 @@ def pretrain(c, seed, device):
         opt.load_state_dict(state["optimizer"])
         start = state["step"]
     forward(model, c)
+    report(skipped=start)
     per_epoch = c.base_docs // c.base_batch
-    bar = tqdm(range(start, c.base_steps), initial=start, total=c.base_steps,
-               desc=f"pre-train base {seed}", mininterval=1)
-    for step in bar:
+    for step in range(start, c.base_steps):
         if step == start or step % per_epoch == 0:
             order = torch.randperm(c.base_docs, generator=generator("cpu", seed, step // per_epoch))
         rows = order[step % per_epoch * c.base_batch:][:c.base_batch]
@@ -205,13 +218,11 @@ def pretrain(c, seed, device):
             total += loss.detach()
         # warm up for 100 steps, then down to 0 in a straight line
         update(model, opt, c.base_lr * min(1, (step + 1) / 100) * (1 - step / c.base_steps))
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{float(total):.3f}")
+        report(cell=f"base {seed}", loss=total.item())
         if (step + 1) % 200 == 0 and step + 1 < c.base_steps:
             save_checkpoint(part, model, optimizer=opt.state_dict(), step=step + 1)
     save_checkpoint(path, model)
     part.unlink(missing_ok=True)
-    return path
 
 
 def forward(model, c):
@@ -221,13 +232,6 @@ def forward(model, c):
 
 
 # ------------------------------------------------------------------------------------- fine-tuning
-def demonstrations(c, seed):
-    """The expert's data: c.demos problems of the train split under the ID rule. -> ids, mask (N, T)"""
-    rng = random.Random(f"{seed}/demonstrations")
-    problems = [data.draw(rng, "train", rule=data.ID_RULE) for _ in range(c.demos)]
-    return data.batch([(p.prompt, data.expert(p, rng, c.p_word)) for p in problems])
-
-
 def by_bin(x, bins, mask):
     """Sums of x (N, T) over the ten base-probability bins, [0, .1) first. -> list of 10 floats."""
     sums = torch.zeros(10, device=x.device).index_add_(0, bins[mask], x[mask].float())
@@ -241,7 +245,7 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
     path: where to keep a resumable checkpoint; state: what load_checkpoint returned for it."""
     name, c = settings_of(spec, c)
     dev = next(base.parameters()).device
-    ids, mask = (t.to(dev) for t in demonstrations(c, seed))
+    ids, mask = (t.to(dev) for t in data.demonstrations(c.demos, seed, p_word=c.p_word))
     N, m = len(ids), mask[:, 1:]
     with torch.no_grad():
         base_logp = response_logprobs(base, ids, mask)                       # (N, T-1)
@@ -322,12 +326,17 @@ def slug(*parts):
     return "-".join(map(str, parts)).replace(":", "_").replace("=", "").replace(",", "_")
 
 
+def starts_of(spec, c):
+    """The steps of this method that GRPO starts from."""
+    return [s for s in c.rl_from if spec in c.rl_methods and s <= settings_of(spec, c)[1].steps]
+
+
 def run_cell(c, spec, seed, report):
     """One method on one seed: fine-tune, then GRPO from its checkpoints. What is finished is never
     computed again; what was stopped half-way goes on from its last checkpoint."""
     out, device = Path(c.out_dir), torch.device(c.device)
     name = f"s{seed} {spec}"
-    base, _ = load_checkpoint(base_path(c, seed), device)
+    base, _ = load_checkpoint(out / "ckpt" / f"s{seed}-base.pt", device)
 
     def unit(tag, work):
         """Rows of a unit of work from its file, or from work(state, path)."""
@@ -349,9 +358,7 @@ def run_cell(c, spec, seed, report):
     def tick(**stats):
         report(cell=name, **stats)
 
-    starts = [s for s in c.rl_from if s <= settings_of(spec, c)[1].steps]
-    if spec not in c.rl_methods:
-        starts = []
+    starts = starts_of(spec, c)
 
     def keep(row, model):
         if row["step"] in starts:
@@ -383,7 +390,7 @@ def run_cell(c, spec, seed, report):
 
 
 def worker(jobs, messages, parent):
-    """A process of its own with one thread: takes jobs until there are none, sends messages."""
+    """A process of its own: takes jobs (function, arguments) until there are none, sends messages."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the parent's business
     torch.set_num_threads(1)
 
@@ -391,38 +398,35 @@ def worker(jobs, messages, parent):
         if os.getppid() != parent:
             os._exit(1)                             # the parent was killed: leave its files alone
         messages.put(message)
-    for job in iter(jobs.get, None):
+    for function, *args in iter(jobs.get, None):
         try:
-            run_cell(*job, report)
+            function(*args, report)
             report(finished=True)
         except Exception as e:
             report(error=e)
 
 
-def run_cells(jobs, workers, total, metrics):
-    """Run all cells, on one process each or here; show one bar and one line a checkpoint."""
-    print(f"{'':>24}  step     ID    OOD  prior  entropy  clipped")
-    with tqdm(total=total, unit="step", mininterval=0.5) as bar:
+def run_jobs(jobs, workers, total, metrics):
+    """Run jobs (function, arguments), one process each or here, under one progress bar, with a line
+    and a metrics row for each evaluated checkpoint."""
+    with tqdm(total=total, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
         def show(message):
             if "error" in message:
                 raise message["error"]
-            if "row" in message:
-                r = message["row"]
-                label = f"{r['seed']} {r['method']}" + (f" {r['init_step']}+RL" if r["init_step"] else "")
-                bar.write(f"{label:>24} {r['step']:5d}  {r['id']:.3f}  {r['ood']:.3f}  "
-                          f"{r['prior']:.3f}    {r['entropy']:.3f}    {r['clip_frac']:.3f}")
-                metrics.write(json.dumps(r) + "\n")
-                metrics.flush()
-            elif "skipped" in message:
+            if "skipped" in message:
                 bar.update(message["skipped"])
+            elif "row" in message:
+                bar.write(ev.line(message["row"]))
+                metrics.write(json.dumps(message["row"]) + "\n")
+                metrics.flush()
             elif "cell" in message:
-                bar.update()
-                stats = {k: f"{message[k]:.2f}" for k in ("loss", "reward") if k in message}
+                stats = " ".join(f"{k} {message[k]:.2f}" for k in ("loss", "reward") if k in message)
                 bar.set_postfix_str(f"{message['cell']} {stats}", refresh=False)
+                bar.update()
 
         if workers == 1:
-            for job in jobs:
-                run_cell(*job, lambda **message: show(message))
+            for function, *args in jobs:
+                function(*args, lambda **message: show(message))
             return
         ctx = multiprocessing.get_context("spawn")
         todo, messages = ctx.Queue(), ctx.Queue()
@@ -436,12 +440,11 @@ def run_cells(jobs, workers, total, metrics):
         while left:
             try:
                 message = messages.get(timeout=2)
+                left -= "finished" in message
+                show(message)
             except queue.Empty:
                 if any(p.exitcode for p in pool):
                     raise BadInput("a worker process died; --resume goes on from its last checkpoint")
-                continue
-            left -= "finished" in message
-            show(message)
 
 
 def collect(c):
@@ -475,7 +478,6 @@ def prepare(argv):
         raise BadInput(f"--base_batch {c.base_batch} is more than --base_docs {c.base_docs}")
     c.device = pick_device(c.device).type
     c.workers = c.workers or (os.cpu_count() if c.device == "cpu" else 1)
-    c.workers = min(c.workers, c.seeds * len(c.methods))
 
     out = Path(c.out_dir)
     config = json.loads(json.dumps(dataclasses.asdict(c)))
@@ -507,31 +509,25 @@ def prepare(argv):
 
 def main(argv=None):
     c = prepare(argv)
-    out, device = Path(c.out_dir), torch.device(c.device)
+    out, seeds = Path(c.out_dir), range(c.seed, c.seed + c.seeds)
+    starts = {m: starts_of(m, c) for m in c.methods}
+    cells = [(run_cell, c, m, s) for m in c.methods for s in seeds]
+    cells.sort(key=lambda cell: -len(starts[cell[2]]))    # the long ones first
+    steps = sum(settings_of(m, c)[1].steps + len(starts[m]) * c.rl_steps for _, _, m, _ in cells)
+    bases = [(pretrain, c, s) for s in seeds]
+    todo = sum(not base_path(c, s).exists() for s in seeds) * c.base_steps
+    torch.set_num_threads(1)    # one thread a process: as fast at this size, and never contended
     try:
-        for seed in range(c.seed, c.seed + c.seeds):
-            path, done = pretrain(c, seed, device), out / "cells" / f"s{seed}-base.json"
-            if not done.exists():
-                base, _ = load_checkpoint(path, device)
-                with autocast(device, c.dtype):
-                    row = dict(seed=seed, method="base", stage="base", init_step=0, step=0,
-                               **ev.evaluate(base, c, base), clip_frac=0.0)
-                atomic_write(done, json.dumps([row]).encode())
-                print(f"base {seed}: sums right {row['answer_random']:.3f} (random rules), prior "
-                      f"abilities {row['prior']:.3f}")
-                if row["answer_random"] < 0.9:
-                    print("a base that cannot add has nothing to forget: raise --base_steps")
-        jobs = [(c, spec, seed) for spec in c.methods for seed in range(c.seed, c.seed + c.seeds)]
-        starts = {spec: [s for s in c.rl_from if spec in c.rl_methods
-                         and s <= settings_of(spec, c)[1].steps] for spec in c.methods}
-        jobs.sort(key=lambda job: -len(starts[job[1]]))          # long ones first
-        total = sum(settings_of(spec, c)[1].steps + len(starts[spec]) * c.rl_steps for _, spec, _ in jobs)
         with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics:
             for row in collect(c):
                 metrics.write(json.dumps(row) + "\n")
-            run_cells(jobs, c.workers, total, metrics)
+            print(ev.line())
+            run_jobs(bases, min(c.workers, len(bases)), todo, metrics)
+            run_jobs(cells, min(c.workers, len(cells)), steps, metrics)
+            if {"sft", "clip"} <= set(c.rl_methods) & set(c.methods) and c.seeds > 1:
+                run_jobs([(ev.measure, out, c, s) for s in seeds], min(c.workers, c.seeds), c.seeds, metrics)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command with --resume goes on", file=sys.stderr)
+        print("\nstopped; the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(130)
     atomic_write(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in collect(c)).encode())
     ev.report(out)

@@ -118,6 +118,13 @@ def expert(problem, rng, p_word=0.3):
     return chain(sorted(problem.values, reverse=True), rng, p_word)
 
 
+def demonstrations(n, seed, split="train", p_word=0.3):
+    """The expert's data, n problems of a split under the ID rule. -> ids (n, T), mask (n, T)."""
+    rng = random.Random(f"{seed}/demonstrations")
+    problems = [draw(rng, split, rule=ID_RULE) for _ in range(n)]
+    return batch([(p.prompt, expert(p, rng, p_word)) for p in problems])
+
+
 def truth(problem):
     """The one right response to a prior-ability prompt; for S the total."""
     v = problem.values
@@ -183,3 +190,24 @@ def batch(pairs):
     start, end = (torch.tensor([[len(x)] for x in xs]) for xs in (prompts, rows))    # (B, 1)
     t = torch.arange(T)
     return ids, (start <= t) & (t < end)
+
+
+def main():
+    """Problems of every kind, each with its tokens over their mask: 1 is trained, 0 is not."""
+    rng = random.Random(0)
+    shown = [("expert demonstration, ID rule", "S", ID_RULE, lambda p: expert(p, rng)),
+             ("the same style, OOD rule (evaluation only)", "S", OOD_RULE, lambda p: expert(p, rng)),
+             ("the base's own style, random rule", "S", None, lambda p: terse(p.values))]
+    shown += [(f"prior ability: {OPS[op]}", op, None, truth) for op in PRIOR_OPS]
+    for title, op, rule, answer in shown:
+        problem = draw(rng, "train", op, rule)
+        ids, mask = batch([(problem.prompt, answer(problem))])
+        words = [decode([i]) for i in ids[0].tolist()]
+        widths = [max(len(w), 1) for w in words]
+        print(f"\n{title}: {verify(problem, answer(problem))}")
+        for label, cells in (("text", words), ("id", ids[0].tolist()), ("mask", mask[0].long().tolist())):
+            print(f"{label:>5} " + " ".join(f"{c!s:>{max(w, 3)}}" for c, w in zip(cells, widths)))
+
+
+if __name__ == "__main__":
+    main()

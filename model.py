@@ -9,7 +9,9 @@ import hashlib
 import io
 import math
 import os
+import platform
 import sys
+import time
 import zlib
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -37,16 +39,18 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(c.n_embd, c.n_embd)
 
     def forward(self, x, cache=None, slots=None, seen=None):
-        """x (B, T, C). With a cache (2, B, S, H, D), keys and values are also written to its slots;
-        a single token (T = 1) then attends to the slots that `seen` (B, 1, 1, S) allows."""
+        """x (B, T, C). With a cache (2, B, H, S, D), keys and values are also written to its slots;
+        a single token (T = 1) then attends to the slots where `seen` (B, 1, 1, S) is 0, not -inf."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).unbind(2)     # each (B, T, H, D)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
-            cache[0][slots], cache[1][slots] = k, v
-            if T == 1:
-                k, v = cache
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)     # (B, H, ., D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=T > 1)
+            cache[0][slots], cache[1][slots] = k.squeeze(2), v.squeeze(2)
+        if cache is None or T > 1:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, H, T, D)
+        else:    # one query a row: two plain products beat the fused kernel
+            k, v = cache
+            score = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])            # (B, H, 1, S)
+            y = (score if seen is None else score + seen).softmax(-1) @ v
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -102,54 +106,68 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(ids))
 
     @torch.no_grad()
-    def generate(self, prompts, lengths, max_new, eos, pad, temperature=0.0, generator=None):
-        """Continue every prompt until EOS or max_new tokens, all rows at once.
+    def generate(self, prompts, lengths, max_new, eos, pad, n=1, temperature=0.0, generator=None):
+        """Continue every prompt n times until EOS or max_new tokens, all B = n * len(prompts) rows at
+        once; the n rows of a prompt are neighbours and share its prefill.
 
-        prompts (B, P) right-padded, lengths (B,). Returns ids (B, P + max_new), each response right
-        behind its own prompt and pad after it, and mask (same shape), True at sampled tokens, EOS
-        included: data.batch's convention, ready for a loss. Rows without an EOS were truncated.
-        temperature 0 is greedy. No left padding: each row decodes at its own position, so a row's
-        logits do not depend on the rows beside it. ValueError if the block is too short."""
-        (B, P), dev, c = prompts.shape, prompts.device, self.config
-        if P + max_new > c.block_size:
+        prompts (B/n, P) right-padded, lengths (B/n,). Returns ids (B, P + max_new), each response
+        right behind its own prompt and pad after it, and mask (B, P + max_new), True at sampled tokens,
+        EOS included: data.batch's convention, ready for a loss. A row without EOS was truncated.
+        temperature 0 is greedy. No left padding: each row decodes at its own position, so its logits
+        do not depend on the rows beside it. ValueError if prompt and response exceed block_size."""
+        P, dev, c = prompts.shape[1], prompts.device, self.config
+        S = P + max_new
+        if S > c.block_size:
             raise ValueError(f"prompt {P} + response {max_new} exceed block_size {c.block_size}")
         wte, wpe, blocks = self.transformer.wte, self.transformer.wpe, self.transformer.h
-        ids = torch.full((B, P + max_new), pad, device=dev)
-        ids[:, :P] = prompts
-        mask = torch.zeros_like(ids, dtype=torch.bool)
+        ragged = bool((lengths < P).any())
         x = wte(prompts) + wpe.weight[:P]
-        # Zeros, not empty: a masked slot still meets the softmax, and 0 * NaN would be NaN.
-        cache = x.new_zeros(c.n_layer, 2, B, P + max_new, c.n_head, c.n_embd // c.n_head)
-        for block, kv in zip(blocks, cache):
-            x = block(x, kv, (slice(None), slice(P)))                        # prefill
-        x = x[torch.arange(B, device=dev), lengths - 1]                      # (B, C)
-        row, pos = torch.arange(B, device=dev), lengths.clone()              # rows still decoding
-        ragged = not bool((lengths == P).all())
-        done = torch.zeros(B, dtype=torch.bool, device=dev)
+        half = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else x.dtype
+        # Zeros, not empty: a masked slot still enters a product, and 0 * NaN is NaN.
+        cache = torch.zeros(c.n_layer, 2, len(x), c.n_head, S, c.n_embd // c.n_head, dtype=half,
+                            device=dev)
+        for block, kv in zip(blocks, cache):                                 # prefill
+            x = block(x, kv, (slice(None), slice(None), slice(P)))
+        x = x[torch.arange(len(x), device=dev), lengths - 1]                 # (B/n, C) at prompt ends
+        x, lengths = x.repeat_interleave(n, 0), lengths.repeat_interleave(n)
+        cache = cache.repeat_interleave(n, 2)
+        ids = torch.full((len(x), S), pad, device=dev)
+        ids[:, :P] = prompts.repeat_interleave(n, 0)
+        row, pos = torch.arange(len(x), device=dev), lengths                 # rows still decoding
+        done = torch.zeros(len(x), dtype=torch.bool, device=dev)
         for t in range(max_new):
-            logits = self.lm_head(self.transformer.ln_f(x)).float()          # (B, V)
-            if temperature > 0:
-                # argmax(logits / T + Gumbel noise) samples softmax(logits / T), without a sync
-                noise = torch.empty_like(logits).exponential_(generator=generator)
-                logits = logits / temperature - noise.log()
-            token = torch.where(done, pad, logits.argmax(-1))
-            ids[row, pos], mask[row, pos] = token, ~done
+            logits = self.lm_head(self.transformer.ln_f(x)).float()          # (rows, V)
+            if temperature > 0:    # the first token whose cumulative probability exceeds u
+                cdf = (logits / temperature).softmax(-1).cumsum(-1)
+                u = torch.rand(len(row), 1, device=dev, generator=generator) * cdf[:, -1:]
+                token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=c.vocab_size - 1)
+            else:
+                token = logits.argmax(-1)
+            ids[row, pos] = token
             done = done | (token == eos)
-            if t % 4 == 3 or t == max_new - 1:    # each look waits for the device: look rarely
-                live = ~done
-                if t == max_new - 1 or not live.any():
-                    break
-                if live.sum() <= 0.8 * len(live):                            # drop finished rows
-                    row, pos, done, token = row[live], pos[live], done[live], token[live]
-                    cache = cache[:, :, live]
-            n = P + t + 1                                                    # slots in use
-            seen = (torch.arange(n, device=dev) <= pos[:, None])[:, None, None] if ragged else None
-            slots = (torch.arange(len(row), device=dev)[:, None], pos[:, None])
-            x = (wte(token) + wpe(pos))[:, None]                             # (B, 1, C)
+            if t % 4 == 3 and (kept := (~done).sum().item()) < 0.8 * len(row):
+                if not kept:
+                    break                          # a look waits for the device: look rarely,
+                live = ~done                       # and drop the rows that have finished
+                row, pos, token, done = row[live], pos[live], token[live], done[live]
+                cache = cache[:, :, live]
+            k = P + t + 1                                                    # slots in use
+            if ragged:
+                seen = torch.where(torch.arange(k, device=dev) <= pos[:, None], 0, -math.inf)
+                seen = seen[:, None, None].to(half)                          # (rows, 1, 1, k)
+                slots = (torch.arange(len(row), device=dev), slice(None), pos)
+            else:
+                seen, slots = None, (slice(None), slice(None), k - 1)
+            x = (wte(token) + wpe(pos))[:, None]                             # (rows, 1, C)
             for block, kv in zip(blocks, cache):
-                x = block(x, kv[:, :, :n], slots, seen)
+                x = block(x, kv[:, :, :, :k], slots, seen)
             x, pos = x[:, 0], pos + 1
-        return ids, mask
+        # A row went on until it was dropped: what lies behind its first EOS does not count.
+        t = torch.arange(S, device=dev)
+        mask = (t >= lengths[:, None]) & (t < lengths[:, None] + max_new)
+        ends = (ids == eos) & mask
+        mask &= ends.cumsum(1) - ends.long() == 0
+        return ids.masked_fill(~mask & (t >= lengths[:, None]), pad), mask
 
 
 # ------------------------------------------------------------------------------- log-probabilities
@@ -252,9 +270,12 @@ def load_checkpoint(path, device="cpu"):
         raise BadInput(f"cannot read checkpoint {path}: {e.strerror}")
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise BadInput(f"{path} is truncated, damaged or not a checkpoint of this project")
-    extra = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    model = GPT(GPTConfig(**extra.pop("gpt"))).to(device)
-    model.load_state_dict(extra.pop("model"))    # strict
+    try:
+        extra = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        model = GPT(GPTConfig(**extra.pop("gpt"))).to(device)
+        model.load_state_dict(extra.pop("model"))    # strict: no weight is left random in silence
+    except Exception as e:
+        raise BadInput(f"{path} is not a checkpoint of this project ({type(e).__name__})")
     return model, extra
 
 
@@ -335,3 +356,98 @@ def run_main(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+# ------------------------------------------------------------------------- parameter table and speed
+@dataclass
+class Main:
+    n_layer: int = arg(3, "layers", above=0)
+    n_head: int = arg(2, "attention heads", above=0)
+    n_embd: int = arg(64, "width", above=0)
+    vocab_size: int = arg(124, "vocabulary", above=1)
+    prompt: int = arg(10, "prompt tokens a row", above=0)
+    response: int = arg(30, "response tokens a row", above=0)
+    rows: int = arg(64, "rows a training step", above=0)
+    sample_rows: int = arg(256, "rows decoded together", above=0)
+    threads: int = arg(0, "CPU threads, 0 is all", above=-1)
+    repeats: int = arg(10, "timed repetitions; the median counts", above=0)
+    device: str = arg("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = arg("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16"))
+    compile: bool = arg(False, "torch.compile the training forward pass")
+
+
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}    # dense FLOP/s, vendor's figure
+
+
+def main(argv=None):
+    c = parse(Main, argv, __doc__)
+    dev = pick_device(c.device)
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    torch.manual_seed(0)
+    T = c.prompt + c.response
+    model = GPT(GPTConfig(c.vocab_size, T, c.n_layer, c.n_head, c.n_embd)).to(dev)
+    opt = adamw(model, 1e-4)
+    for name, part in dict(embeddings=[model.transformer.wte, model.transformer.wpe],
+                           attention=[b.attn for b in model.transformer.h],
+                           mlp=[b.mlp for b in model.transformer.h]).items():
+        print(f"{name:>12} {sum(p.numel() for x in part for p in x.parameters()):>12,}")
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{'all':>12} {n:>12,} parameters (the head is the token embedding)")
+    ids = torch.randint(0, c.vocab_size, (c.rows, T), device=dev)
+    mask = (torch.arange(T, device=dev) >= c.prompt).expand(c.rows, T)
+    if c.compile:
+        model.hidden = torch.compile(model.hidden, dynamic=True)
+
+    def clock(work):
+        """Median seconds of work()."""
+        times = []
+        for _ in range(c.repeats + 2):
+            if dev.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if dev.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return sorted(times[2:])[c.repeats // 2]
+
+    def plain():    # the loop one would write first: logits everywhere, a loss that ignores some
+        target = torch.where(mask, ids, -100)[:, 1:].flatten()
+        with autocast(dev, c.dtype):
+            loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1).float(), target)
+        loss.backward()
+        update(model, opt, 1e-4)
+
+    def ours():
+        with autocast(dev, c.dtype):
+            loss = -response_logprobs(model, ids, mask).sum() / mask.sum()
+        loss.backward()
+        update(model, opt, 1e-4)
+
+    def sample():
+        with autocast(dev, c.dtype):
+            model.generate(prompts, lengths, c.response, -1, 0, temperature=1.0)
+    prompts = ids[:1, :c.prompt].expand(c.sample_rows, -1)
+    lengths = torch.full((c.sample_rows,), c.prompt, device=dev)
+    a, b, s = clock(plain), clock(ours), clock(sample)
+    where = torch.cuda.get_device_name() if dev.type == "cuda" else \
+        f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}, {c.dtype}, {c.rows} x {T} tokens a step")
+    print(f"    training, logits everywhere   {1e3 * a:9.1f} ms a step {c.rows * T / a:12,.0f} tokens/s")
+    print(f"    training, logits where needed {1e3 * b:9.1f} ms a step {c.rows * T / b:12,.0f} tokens/s")
+    print(f"    sampling, {c.sample_rows:4d} rows together  {1e3 * s:9.1f} ms        "
+          f"{c.sample_rows * c.response / s:12,.0f} tokens/s")
+    if dev.type == "cuda":
+        peak = next((v for k, v in PEAK_BF16.items() if k in where), None)
+        flops = c.rows * T * (6 * n + 12 * c.n_layer * c.n_embd * T)    # PaLM, appendix B
+        print(f"    peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" +
+              (f", MFU {flops / b / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else ""))
+    else:
+        import resource    # not on Windows
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"    peak memory {rss / 2**(30 if sys.platform == 'darwin' else 20):.2f} GiB")
+
+
+if __name__ == "__main__":
+    run_main(main)

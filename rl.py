@@ -7,8 +7,8 @@ with its group, and raise the better ones by PPO's clipped surrogate. No value n
 model. Shapes: P prompts, G responses a prompt, B = P * G rows, T tokens.
 """
 import random
-import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -99,7 +99,8 @@ class RLConfig:
     aggregate: str = arg("token", "mean of the per-token losses, see masked_mean",
                          choices=("token", "sequence", "constant"))
     grad_accum: int = arg(1, "micro-batches an update, for memory; same gradient", above=0)
-    eval_n: int = arg(1000, "held-out problems of each evaluation set", above=3)
+    eval_n: int = arg(500, "held-out problems under each of the two rules; half as many random "
+                      "rules and prior abilities", above=7)
     seed: int = arg(0, "random seed", above=-1)
     device: str = arg("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = arg("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16"))
@@ -110,12 +111,12 @@ def rollout(model, c, step, seed):
     -> ids (B, T), mask (B, T) True at sampled tokens, rewards (P, G), truncated fraction."""
     rng = random.Random(f"{seed}/rl/{step}")
     problems = [data.draw(rng, "rl", rule=data.ID_RULE) for _ in range(c.rl_prompts)]
-    problems = [p for p in problems for _ in range(c.rl_group)]
     noise = generator(next(model.parameters()).device, seed, "rollout", step)
-    texts, ids, mask = respond(model, problems, c.max_new, c.temperature, noise)
-    rewards = torch.tensor([float(data.verify(p, t).strict) for p, t in zip(problems, texts)])
+    texts, ids, mask = respond(model, problems, c.max_new, c.rl_group, c.temperature, noise)
+    rewards = torch.tensor([float(data.verify(problems[i // c.rl_group], text).strict)
+                            for i, text in enumerate(texts)]).view(c.rl_prompts, c.rl_group)
     ended = ((ids == data.EOS) & mask).any(1)
-    return ids, mask, rewards.view(c.rl_prompts, c.rl_group), 1 - ended.float().mean().item()
+    return ids, mask, rewards, 1 - ended.float().mean().item()
 
 
 def grpo_step(model, opt, c, step, seed, ref=None):
@@ -191,17 +192,17 @@ def main(argv=None):
     c = parse(Main, argv, __doc__)
     if not c.init:
         raise BadInput("--init CKPT is required, e.g. runs/main/ckpt/s0-sft-100.pt")
-    if os.path.exists(c.out):
+    if Path(c.out).exists():
         raise BadInput(f"{c.out} exists: name another file with --out")
     device = pick_device(c.device)
     model, _ = load_checkpoint(c.init, device)
-    rows = [dict(method="init", stage="sft", step=0, **evaluate(model, c))]
+    rows = [(Path(c.init).stem, evaluate(model, c) | dict(clip_frac=0.0))]
     with tqdm(total=c.rl_steps, desc="GRPO") as bar:
         def tick(**stats):
             bar.set_postfix({k: f"{v:.2f}" for k, v in stats.items()})
             bar.update()
         stats = grpo(model, c, c.seed, tick=tick)
-    rows.append(dict(method="GRPO", stage="rl", step=c.rl_steps, **evaluate(model, c), **stats))
+    rows.append((f"after {c.rl_steps} GRPO steps", evaluate(model, c) | stats))
     save_checkpoint(c.out, model)
     print(table(rows))
 

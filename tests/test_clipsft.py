@@ -1,0 +1,413 @@
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import clipsft
+import data
+from clipsft import Config, clip_loss, dft_loss, finetune, settings_of, sft_loss
+from model import BadInput, load_checkpoint, response_logprobs, save_checkpoint
+
+ROOT = Path(clipsft.__file__).parent
+SMALL = Config(steps=6, eval_n=8, demos=12, batch_size=4, old_every=3)
+
+
+def weight(loss, logp, *args):
+    """The weight that a loss puts on grad log pi of each token: minus its gradient."""
+    logp = torch.tensor(logp, dtype=torch.double, requires_grad=True)
+    loss(logp, *args).sum().backward()
+    return (-logp.grad).tolist()
+
+
+# ---- losses
+def test_the_ladder_of_weights_by_hand():
+    p = [0.1, 0.2, 0.5, 0.9]
+    logp = [math.log(x) for x in p]
+    assert weight(sft_loss, logp) == pytest.approx([1, 1, 1, 1])
+    assert weight(dft_loss, logp) == pytest.approx(p)
+    old = torch.tensor([0.1, 0.1, 1.0, 0.8], dtype=torch.double).log()     # r = 1, 2, .5, 1.125
+    assert weight(clip_loss, logp, old, 0.2, 0.2) == pytest.approx([1, 0, 0.5, 1.125])
+    assert weight(clip_loss, logp, old, 0.2, math.inf) == pytest.approx([1, 2, 0.5, 1.125])
+
+
+def test_clip_loss_values_by_hand():
+    logp = torch.tensor([0.1, 0.2, 0.5]).log()
+    old = torch.tensor([0.1, 0.1, 1.0]).log()
+    assert clip_loss(logp, old, 0.2, 0.2).tolist() == pytest.approx([-1.0, -1.2, -0.5])
+    assert sft_loss(logp).tolist() == pytest.approx([math.log(10), math.log(5), math.log(2)])
+    assert dft_loss(logp).tolist() == pytest.approx([0.1 * math.log(10), 0.2 * math.log(5),
+                                                     0.5 * math.log(2)])
+
+
+def test_the_lower_bound_never_acts_and_likely_tokens_never_clip():
+    logp, old = torch.rand(500).log(), torch.rand(500).log()
+    assert torch.equal(clip_loss(logp, old, 0.01, 0.2), clip_loss(logp, old, 0.99, 0.2))
+    likely = torch.full((500,), 1 / 1.2 + 1e-4).log()      # p_old > 1/(1+eps): r cannot exceed 1+eps
+    free = clip_loss(logp, likely, 0.2, 0.2)
+    assert torch.allclose(free, -(logp - likely).exp())
+
+
+def test_dft_is_the_gradient_of_minus_p():
+    logits = torch.randn(3, 7, dtype=torch.double, requires_grad=True)
+    y = torch.tensor([0, 3, 6])
+    (a,) = torch.autograd.grad(dft_loss(logits.log_softmax(-1).gather(1, y[:, None])).sum(), logits)
+    (b,) = torch.autograd.grad(-logits.softmax(-1).gather(1, y[:, None]).sum(), logits)
+    assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("name", clipsft.METHODS)
+def test_losses_survive_extremes_and_match_float64(name):
+    c = Config()
+    g = torch.Generator().manual_seed(0)
+
+    def batch(dtype):
+        logp = torch.tensor([[-1e4, 0.0, -3.0, -0.1, -50.0]], dtype=dtype, requires_grad=True)
+        old = torch.tensor([[0.0, -1e4, -3.1, -0.1, -49.0]], dtype=dtype)
+        return SimpleNamespace(
+            logp=logp, old_logp=old, base_logp=old, mask=torch.ones(1, 5).bool(), high=-0.5,
+            noise=torch.rand(1, 5, generator=g), fresh=torch.full((1, 5), 0.9), rate=0.4,
+            kl=lambda: torch.zeros(1, 5))
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        g.manual_seed(0)
+        b = batch(dtype)
+        loss = clipsft.METHODS[name](b, c)
+        loss.sum().backward()
+        assert loss.shape == (1, 5)
+        assert torch.isfinite(loss).all() and torch.isfinite(b.logp.grad).all()
+        grads.append(b.logp.grad.double())
+    assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+def test_mask_methods_mask_what_they_say():
+    b = SimpleNamespace(logp=torch.full((1, 4), -1.0), base_logp=torch.tensor([0.05, 0.2, 0.6, 0.9])[None].log(),
+                        noise=torch.tensor([[0.1, 0.9, 0.2, 0.3]]), rate=0.25,
+                        high=torch.tensor(0.6).log(), mask=torch.ones(1, 4).bool())
+    c = Config(mask_p=0.1)
+    assert clipsft.METHODS["mask_low"](b, c).tolist() == [[0, 1, 1, 1]]
+    assert clipsft.METHODS["mask_random"](b, c).tolist() == [[0, 1, 0, 1]]
+    assert clipsft.METHODS["mask_high"](b, c).tolist() == [[1, 1, 1, 0]]
+
+
+# ---- the loop
+def record_updates(monkeypatch):
+    """Replace the optimizer step by a record of the gradients it would have got."""
+    log = []
+
+    def spy(model, opt, lr):
+        log.append((lr, torch.cat([p.grad.flatten() for p in model.parameters()])))
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step()
+        opt.zero_grad()
+    monkeypatch.setattr(clipsft, "update", spy)
+    return log
+
+
+def test_first_updates_of_sft_and_clip_are_the_same_and_equal_plain_cross_entropy(tiny, monkeypatch):
+    log = record_updates(monkeypatch)
+    monkeypatch.setattr(clipsft.ev, "evaluate", lambda *a: {})
+    ids, mask = data.demonstrations(12, 0)
+    order = torch.randperm(12, generator=clipsft.generator("cpu", 0, "order", 0))[:4]
+    logits = tiny(ids[order])
+    target = torch.where(mask[order], ids[order], -100)[:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten())
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(tiny.parameters()))])
+    for method in ("sft", "clip", "ratio"):
+        log.clear()
+        finetune(tiny, SMALL, method, 0)
+        assert len(log) == 6 and all(lr == 3e-4 for lr, _ in log)
+        assert torch.allclose(log[0][1], expected, atol=1e-5), method
+        if method == "clip":
+            clip = [g for _, g in log]
+    finetune(tiny, SMALL, "sft", 0)
+    sft = [g for _, g in log[-6:]]
+    assert not torch.allclose(sft[2], clip[2], atol=1e-5)     # later within a refresh they differ
+
+
+def test_old_policy_is_refreshed_every_k_updates(tiny, monkeypatch):
+    seen = []
+
+    def spy(b, c):
+        seen.append(((b.logp - b.old_logp)[b.mask].abs().max().item()))
+        return sft_loss(b.logp)
+    monkeypatch.setitem(clipsft.METHODS, "clip", spy)
+    monkeypatch.setattr(clipsft.ev, "evaluate", lambda *a: {})
+    finetune(tiny, dataclasses.replace(SMALL, steps=9, old_every=3), "clip", 0)
+    fresh = [x < 1e-5 for x in seen]
+    assert fresh == [True, False, False] * 3
+
+
+def test_frozen_old_policy_is_the_base(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setitem(clipsft.METHODS, "frozen", lambda b, c: (
+        seen.append((b.base_logp - b.old_logp).abs().max().item()), sft_loss(b.logp))[1])
+    monkeypatch.setattr(clipsft.ev, "evaluate", lambda *a: {})
+    finetune(tiny, SMALL, "frozen", 0)
+    assert seen == [0.0] * 6
+
+
+def test_same_data_order_for_all_methods_and_every_demonstration_once_an_epoch(tiny, monkeypatch):
+    monkeypatch.setattr(clipsft.ev, "evaluate", lambda *a: {})
+    batches = {}
+    for name in ("sft", "clip", "dft"):
+        seen = batches[name] = []
+        real = clipsft.trim
+        monkeypatch.setattr(clipsft, "trim", lambda ids, *a: seen.append(ids.clone()) or real(ids, *a))
+        finetune(tiny, SMALL, name, 0)
+        monkeypatch.setattr(clipsft, "trim", real)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*batches.values()))
+    ids, _ = data.demonstrations(12, 0)
+    epochs = [torch.cat(batches["sft"][i:i + 3]) for i in (0, 3)]
+    for epoch in epochs:
+        assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, ids.tolist()))
+    assert not torch.equal(*epochs)
+
+
+@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+def test_grad_accum_changes_nothing(tiny, monkeypatch, how):
+    monkeypatch.setattr(clipsft.ev, "evaluate", lambda *a: {})
+    log = record_updates(monkeypatch)
+    for n in (1, 3):
+        finetune(tiny, dataclasses.replace(SMALL, aggregate=how, grad_accum=n, steps=3), "clip", 0)
+    assert all(torch.allclose(a[1], b[1], atol=1e-5) for a, b in zip(log[:3], log[3:]))
+
+
+def test_kl_method_is_sft_plus_the_exact_kl(tiny, monkeypatch):
+    got = []
+    monkeypatch.setitem(clipsft.METHODS, "kl", lambda b, c: (got.append((b.kl(), b.mask)),
+                                                             sft_loss(b.logp))[1])
+    monkeypatch.setattr(clipsft.ev, "evaluate", lambda *a: {})
+    model, _ = finetune(tiny, dataclasses.replace(SMALL, steps=2, lr=1e-2), "kl", 0)
+    assert got[0][0].abs().max() < 1e-5 and got[1][0][got[1][1]].mean() > 1e-3
+    assert (got[1][0][~got[1][1]] == 0).all()
+
+
+def test_rows_say_what_happened(tiny):
+    rows = finetune(tiny, dataclasses.replace(SMALL, lr=3e-3), "clip", 0)[1]
+    assert [r["step"] for r in rows] == [2, 4, 6]
+    ids, mask = data.demonstrations(12, 0)
+    with torch.no_grad():
+        p = response_logprobs(tiny, ids, mask)[mask[:, 1:]].exp()
+    n = torch.histc(p, 10, 0, 1).tolist()
+    assert rows[0]["n_bin"] == n and len(rows[0]["clip_bins"]) == 10
+    assert 0 < rows[-1]["clip_frac"] <= 1
+    needed = ("seed method stage init_step step id ood random prior answer_id answer_ood format_ood nll "
+              "entropy clip_frac kl_base").split()
+    assert all(k in rows[0] for k in needed)
+    assert finetune(tiny, SMALL, "sft", 0)[1][-1]["clip_frac"] == 0
+
+
+def test_nan_stops_with_step_and_method_named(tiny, monkeypatch):
+    monkeypatch.setitem(clipsft.METHODS, "sft", lambda b, c: b.logp * math.nan)
+    with pytest.raises(FloatingPointError, match="sft, seed 0, step 0"):
+        finetune(tiny, SMALL, "sft", 0)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["sft", "clip", "mask_random", "rest_random"])
+def test_finetune_resumes_bitwise(tiny, tmp_path, method):
+    c = dataclasses.replace(SMALL, steps=8, old_every=5)
+    whole, rows = finetune(tiny, c, method, 0)
+    count = []
+
+    def tick(**_):
+        count.append(1)
+        if len(count) == 6:       # after the checkpoint of step 4, in the middle of a refresh
+            raise Killed
+    with pytest.raises(Killed):
+        finetune(tiny, c, method, 0, tmp_path / "x", tick=tick)
+    model, state = load_checkpoint(tmp_path / "x")
+    state["model"] = model.state_dict()
+    again, rows2 = finetune(tiny, c, method, 0, state=state)
+    assert json.dumps(rows) == json.dumps(rows2)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+
+
+def test_clip_with_a_huge_band_is_the_ratio_method(tiny):
+    a, _ = finetune(tiny, dataclasses.replace(SMALL, eps_high=1e9), "clip", 0)
+    b, _ = finetune(tiny, SMALL, "ratio", 0)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+# ---- settings
+def test_method_settings():
+    name, c = settings_of("clip:eps_high=0.4,old_every=24", Config())
+    assert (name, c.eps_high, c.old_every, c.lr) == ("clip", 0.4, 24, 3e-4)
+    assert settings_of("sft", Config(old_every=1))[0] == "sft"
+    assert clipsft.eval_steps(30) == [2, 4, 6, 8, 10, 12, 16, 20, 30]
+    assert clipsft.eval_steps(7) == [2, 4, 6, 7]
+
+
+BAD = [
+    "--methods nope", "--methods clip:eps=1", "--methods clip:eps_high=x", "--methods clip:eps_high=-1",
+    "--methods clip:methods=sft", "--methods :", "--methods", "--eps_high 0", "--eps_high -0.1",
+    "--eps_low 0", "--eps_low 1", "--lr -1", "--lr 0", "--lr nan", "--lr abc", "--old_every 1",
+    "--old_every 0", "--methods clip:old_every=1", "--methods ratio --old_every 1", "--steps 0",
+    "--steps 1.5", "--demos 0", "--batch_size 0", "--seeds 0", "--seed -1", "--preset huge",
+    "--device tpu", "--dtype fp8", "--nonsense 3", "--eps 0.1", "--n_head 3", "--n_layer 0",
+    "--rl_from 0", "--rl_from x", "--rl_methods nope", "--rl_group 1", "--rl_steps 0", "--p_word 1",
+    "--p_word -0.1", "--temperature 0", "--aggregate median", "--adv_scale var", "--max_new 0",
+    "--kl_coef -1", "--eval_n 1", "--grad_accum 0", "--workers -1", "--base_lr 0", "--base_docs 10",
+    "--mask_p 0", "--resume", "--resume --out_dir nowhere", "extra",
+]
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_command_lines_are_one_line(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput) as e:
+        clipsft.prepare(line.split())
+    assert "\n" not in str(e.value) and len(str(e.value)) > 15
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_where_there_is_none(tmp_path):
+    for args in (["--device", "cuda"], ["--preset", "gpu"]):
+        with pytest.raises(BadInput, match="--device cuda"):
+            clipsft.prepare([*args, "--out_dir", str(tmp_path / "x")])
+    assert os.listdir(tmp_path) == []
+
+
+def test_run_folders_are_guarded(tmp_path):
+    out = tmp_path / "r"
+    args = ["--preset", "smoke", "--out_dir", str(out)]
+    clipsft.prepare(args)
+    with pytest.raises(BadInput, match="--resume"):
+        clipsft.prepare(args)
+    clipsft.prepare([*args, "--resume"])
+    with pytest.raises(BadInput, match="--lr"):
+        clipsft.prepare([*args, "--resume", "--lr", "0.1"])
+    (out / "config.json").write_text("{torn")
+    with pytest.raises(BadInput, match="config.json"):
+        clipsft.prepare([*args, "--resume"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("x")
+    with pytest.raises(BadInput, match="not empty"):
+        clipsft.prepare(["--out_dir", str(tmp_path / "other")])
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BadInput, match="file"):
+        clipsft.prepare(["--out_dir", str(tmp_path / "file" / "x")])
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as e:
+        clipsft.prepare(["--help"])
+    assert e.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{f.name}" in text for f in dataclasses.fields(Config))
+
+
+# ---- the whole thing, as a user runs it
+SMOKE = [sys.executable, "clipsft.py", "--preset", "smoke", "--workers", "1"]
+
+
+def run(*args, **kw):
+    return subprocess.run([*SMOKE, *args], cwd=ROOT, capture_output=True, text=True, timeout=120, **kw)
+
+
+def files(out):
+    return [(out / f).read_text(encoding="utf-8") for f in ("metrics.jsonl", "summary.json")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "a"
+    done = run("--out_dir", str(out))
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_smoke_run_writes_what_it_promises(finished):
+    out, done = finished
+    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["stage"], r["step"]) for r in rows] == [("base", "base", 0)] + [
+        x for m in ("sft", "clip") for x in
+        [(m, "sft", s) for s in (2, 4, 6, 8)] + [(m, "rl", 2)]]
+    assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
+    assert {"python", "torch"} <= set(json.loads((out / "config.json").read_text())["versions"])
+    for name in ("s0-sft-8", "s0-sft-8-rl", "s0-clip-8", "s0-clip-8-rl"):
+        load_checkpoint(out / "ckpt" / f"{name}.pt")
+    for label in ("base", "sft, step 8", "clip, step 8, then RL"):
+        assert label in done.stdout
+
+
+def test_kill_and_resume_gives_the_same_bytes(finished, tmp_path):
+    """kill -9 at random moments until it is through; every attempt goes on from the last one."""
+    rng, args, kills = random.Random(0), ["--out_dir", str(tmp_path / "b")], 0
+    for _ in range(3):
+        p = subprocess.Popen([*SMOKE, *args], cwd=ROOT, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+        try:
+            p.wait(timeout=rng.uniform(1.5, 4.5))
+        except subprocess.TimeoutExpired:
+            p.send_signal(signal.SIGKILL)
+            p.wait()
+            kills += 1
+        if (tmp_path / "b" / "config.json").exists() and args[-1] != "--resume":
+            args.append("--resume")
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    assert kills and files(tmp_path / "b") == files(finished[0])
+
+
+def test_a_finished_run_is_not_computed_again(finished):
+    out, _ = finished
+    before = files(out)
+    stamp = (out / "cells" / "s0-sft.json").stat().st_mtime_ns
+    assert run("--out_dir", str(out), "--resume").returncode == 0
+    assert files(out) == before and (out / "cells" / "s0-sft.json").stat().st_mtime_ns == stamp
+    again = run("--out_dir", str(out))
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "Traceback" not in again.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    p = subprocess.Popen([sys.executable, "clipsft.py", "--preset", "smoke", "--base_steps", "100000",
+                          "--workers", "2", "--seeds", "2", "--out_dir", str(tmp_path / "c")],
+                         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(100):
+        time.sleep(0.1)
+        if (tmp_path / "c" / "metrics.jsonl").exists():
+            break
+    time.sleep(1)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=30)
+    assert p.returncode == 130 and "--resume" in err and "Traceback" not in err
+
+
+def test_rl_from_a_checkpoint(finished, tmp_path):
+    init = str(finished[0] / "ckpt" / "s0-sft-8.pt")
+    line = [sys.executable, "rl.py", "--rl_steps", "1", "--rl_prompts", "2", "--eval_n", "8",
+            "--out", str(tmp_path / "x.pt"), "--init"]
+    done = subprocess.run([*line, init], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "GRPO" in done.stdout, done.stderr
+    load_checkpoint(tmp_path / "x.pt")
+    for bad, word in ((init, "exists"), (str(tmp_path / "none"), "cannot read")):
+        line[-2] = str(tmp_path / ("x.pt" if word == "exists" else "y.pt"))
+        done = subprocess.run([*line, bad], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_data_prints_its_problems():
+    done = subprocess.run([sys.executable, "data.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "<eos>" in done.stdout and "mask" in done.stdout
+
+
+def test_save_checkpoint_needs_no_folder_guess(tiny, tmp_path):
+    with pytest.raises(BadInput, match="cannot write"):
+        save_checkpoint(tmp_path / "no" / "x.pt", tiny)
+    assert data.EOS != data.PAD

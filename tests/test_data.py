@@ -1,0 +1,201 @@
+import itertools
+import random
+
+import pytest
+import torch
+
+import data
+from data import Problem, verify
+
+HAND = Problem("S", (11, 12, 13), ("7", "K", "3", "J"))     # worth 7, 13, 3, 11: in all 34
+
+
+# ---- tokenizer
+def test_every_word_is_one_token_and_comes_back():
+    text = " ".join(data.WORDS)
+    ids = data.encode(text)
+    assert ids == list(range(len(data.WORDS))) and data.decode(ids) == text
+    assert data.encode("42 J") == [42, 100]
+
+
+def test_specials_have_ids_of_their_own():
+    assert (data.EOS, data.PAD, data.N_VOCAB) == (122, 123, 124)
+    assert data.decode([data.EOS, data.PAD]) == "<eos> <pad>"
+
+
+@pytest.mark.parametrize("text", ["100", "7K", "a", "<eos>", "é", "\x00", "7 + \U0001f600", "S:", "-1"])
+def test_text_outside_the_vocabulary_is_a_value_error(text):
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        data.encode(text)
+
+
+def test_random_strings_encode_to_what_they_say_or_are_refused():
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choices("0123456789JQKS:>+=,# \n\tsoé\0", k=rng.randrange(12)))
+        try:
+            assert data.decode(data.encode(text)).split() == text.split()
+        except ValueError:
+            assert any(w not in data.WORDS for w in text.split())
+
+
+# ---- problems
+def test_values_and_prompt_by_hand():
+    assert HAND.values == [7, 13, 3, 11]
+    assert HAND.prompt == "S 11 12 13 : 7 K 3 J >"
+    assert Problem("S", data.ID_RULE, HAND.hand).values == [7, 10, 3, 10]
+    assert data.OOD_RULE == (11, 12, 13) and data.ID_RULE == (10, 10, 10)
+
+
+@pytest.mark.parametrize("args", [("X", (10, 10, 10), ("7", "K", "3", "J")),
+                                  ("S", (10, 10, 25), ("7", "K", "3", "J")),
+                                  ("S", (10, 10), ("7", "K", "3", "J")),
+                                  ("S", (0, 10, 10), ("7", "K", "3", "J")),
+                                  ("S", (10, 10, 10), ("1", "K", "3", "J")),
+                                  ("S", (10, 10, 10), ("11", "K", "3", "J")),
+                                  ("S", (10, 10, 10), ("7", "K", "3"))])
+def test_impossible_problems_are_refused(args):
+    with pytest.raises(ValueError):
+        Problem(*args)
+
+
+def test_splits_are_disjoint_as_sets_of_cards():
+    rng = random.Random(0)
+    seen = {s: {tuple(sorted(data.draw(rng, s).hand)) for _ in range(1500)}
+            for s in ("train", "rl", "eval")}
+    for a, b in itertools.combinations(seen, 2):
+        assert not seen[a] & seen[b]
+    assert all(len(hands) > 100 for hands in seen.values())
+    hand = ("7", "K", "3", "J")     # whatever the order of the cards, the split is the same
+    assert len({data.split_of(h) for h in itertools.permutations(hand)}) == 1
+
+
+def test_what_is_trained_never_meets_what_is_evaluated():
+    import eval as ev
+    held_out = {tuple(sorted(p.hand)) for s in ev.eval_sets(200).values() for p in s}
+    rng = random.Random(1)
+    base = {tuple(sorted(data.base_document(rng)[0].hand)) for _ in range(3000)}
+    ids, _ = data.demonstrations(200, 0)
+    demos = {tuple(sorted(data.decode(row[5:9].tolist()).split())) for row in ids}
+    held_demos = {tuple(sorted(data.decode(row[5:9].tolist()).split()))
+                  for row in data.demonstrations(50, 'held out', 'eval')[0]}
+    assert not held_out & base and not held_out & demos and not held_demos & (base | demos)
+
+
+def test_draw_has_a_face_card_and_keeps_its_rule():
+    rng = random.Random(0)
+    for _ in range(200):
+        p = data.draw(rng, "rl", rule=data.ID_RULE)
+        assert set(p.hand) & set("JQK") and p.rule == (10, 10, 10)
+    rules = {data.draw(rng, "rl").rule for _ in range(100)}
+    assert len(rules) > 50 and all(10 <= v <= 19 for r in rules for v in r)
+
+
+# ---- styles
+def test_styles_by_hand():
+    assert data.terse([7, 10, 3, 10]) == "7 17 20 30"
+    assert data.chain([7, 10, 3, 10]) == "7 + 10 = 17 , 17 + 3 = 20 , 20 + 10 = 30 # 30"
+    assert data.expert(HAND, random.Random(0), 0.0) == \
+        "13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 34"
+    truths = {op: data.truth(Problem(op, HAND.rule, HAND.hand)) for op in data.OPS}
+    assert truths == {"S": "34", "M": "13", "R": "J 3 K 7", "D": "7 13 3 11", "C": "3 7 11 13"}
+
+
+def test_connectives_stand_before_steps_at_their_rate():
+    rng = random.Random(0)
+    texts = [data.expert(HAND, rng, 0.3) for _ in range(2000)]
+    words = [w for t in texts for w in t.split() if w in data.CONNECTIVES]
+    assert abs(len(words) / 6000 - 0.3) < 0.03 and set(words) == set(data.CONNECTIVES)
+    assert all(verify(HAND, t).strict for t in texts)
+
+
+def test_the_base_mixture():
+    rng = random.Random(0)
+    docs = [data.base_document(rng) for _ in range(4000)]
+    assert all(verify(p, r).answer for p, r in docs)
+    sums = [(p, r) for p, r in docs if p.op == "S"]
+    assert abs(len(sums) / 4000 - 0.6) < 0.03
+    assert abs(sum("=" not in r for _, r in sums) / len(sums) - 0.55) < 0.04
+    largest_first = sum("=" in r and r.split()[:3] != data.terse(p.values) and
+                        verify(p, r).strict for p, r in sums)
+    assert largest_first > 0
+
+
+# ---- verifier
+CASES = [                                                                 # format, strict, answer
+    ("13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 34", (1, 1, 1)),
+    ("so 7 + 13 = 20 , 20 + 3 = 23 , then 23 + 11 = 34 # 34", (1, 1, 1)),   # another order, words
+    ("13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 35", (1, 0, 0)),           # wrong total
+    ("13 + 11 = 25 , 25 + 7 = 32 , 32 + 3 = 34 # 34", (1, 0, 1)),           # wrong sums
+    ("13 + 11 = 24 , 24 + 7 = 31 , 30 + 4 = 34 # 34", (1, 0, 1)),           # step from another total
+    ("13 + 13 = 26 , 26 + 5 = 31 , 31 + 3 = 34 # 34", (1, 0, 1)),           # a card used twice
+    ("13 + 11 = 24 , 24 + 10 = 34 # 34", (0, 0, 1)),                        # a step short
+    ("7 20 23 34", (0, 0, 1)),                                              # the base's style
+    ("10 + 10 = 20 , 20 + 7 = 27 , 27 + 3 = 30 # 30", (1, 0, 0)),           # the other rule's values
+    ("13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34", (0, 0, 1)),                # no total
+    ("13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 34 34", (0, 0, 1)),
+    ("13 + 11 = 24 24 + 7 = 31 , 31 + 3 = 34 # 34", (0, 0, 1)),
+    ("", (0, 0, 0)), ("# 34", (0, 0, 1)), ("34 <eos>", (0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize("text,expected", CASES)
+def test_verifier_by_hand(text, expected):
+    v = verify(HAND, text)
+    assert (v.format_ok, v.strict, v.answer) == tuple(map(bool, expected))
+
+
+def test_prior_abilities_have_one_right_response():
+    p = Problem("C", HAND.rule, HAND.hand)
+    assert verify(p, "3 7 11 13").strict and not verify(p, "3 7 11 13 13").strict
+    assert not verify(p, "3 7 13 11").answer
+
+
+def slow_strict(problem, text):
+    """An independent checker: walks the words, needs no regular expression."""
+    words = [w for w in text.split(" ")]
+    steps, total = " ".join(words).split(" # ")[0], " ".join(words).split(" # ")[1:]
+    left, running = list(problem.values), None
+    for i, step in enumerate(steps.split(" , ")):
+        w = step.split(" ")
+        if w[0] in data.CONNECTIVES:
+            w = w[1:]
+        if len(w) != 5 or w[1] != "+" or w[3] != "=" or not all(x.isdigit() for x in w[::2]):
+            return False
+        a, b, s = map(int, w[::2])
+        for card in [a, b] if i == 0 else [b]:
+            if card not in left:
+                return False
+            left.remove(card)
+        if (i and a != running) or a + b != s:
+            return False
+        running = s
+    return not left and total == [str(running)]
+
+
+def test_fuzzed_responses_against_the_slow_checker():
+    rng, right = random.Random(0), 0
+    for _ in range(6000):
+        p = data.draw(rng, "rl")
+        words = data.chain(rng.sample(p.values, 4), rng, 0.3).split()
+        for _ in range(rng.choice((0, 0, 1, 2))):
+            i = rng.randrange(len(words))
+            new = rng.choice(data.WORDS) if rng.random() < 0.5 else rng.choice(words)
+            words[i:i + rng.choice((0, 1, 1, 2))] = [new]
+        text = " ".join(words)
+        assert verify(p, text).strict == slow_strict(p, text), (p, text)
+        right += verify(p, text).strict
+    assert 2000 < right < 5000
+    for _ in range(3000):     # arbitrary text: never an exception, never right
+        text = "".join(rng.choices("0123456789 +=,#\n<eos>é٣", k=rng.randrange(40)))
+        assert not verify(HAND, text).strict
+
+
+# ---- batches
+def test_batch_literal():
+    ids, mask = data.batch([("S 10", "7 # 17"), ("M", "9")])
+    eos, pad = data.EOS, data.PAD
+    s, m, hash_ = data.encode("S M #")
+    assert ids.tolist() == [[s, 10, 7, hash_, 17, eos], [m, 9, eos, pad, pad, pad]]
+    assert mask.long().tolist() == [[0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]]
+    assert mask.dtype == torch.bool and ids.dtype == torch.long

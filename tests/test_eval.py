@@ -1,0 +1,237 @@
+import copy
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import data
+import eval as ev
+from model import BadInput
+
+
+class Ctx:
+    max_new, eval_n = 28, 16
+
+
+def rotation(n, i, j, angle):
+    R = torch.eye(n, dtype=torch.double)
+    R[i, i] = R[j, j] = math.cos(angle)
+    R[i, j], R[j, i] = -math.sin(angle), math.sin(angle)
+    return R
+
+
+def matrix_with_known_spectrum(m=6, n=5):
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(k, k, dtype=torch.double))[0] for k in (m, n))
+    s = torch.tensor([8.0, 5, 3, 2, 1], dtype=torch.double)
+    return U, s, V, U[:, :5] * s @ V.T
+
+
+# ---- spectra
+def test_principal_angles_of_a_planar_rotation():
+    U, s, V, W = matrix_with_known_spectrum()
+    # turn the second left singular vector by 0.3 rad towards the sixth, which is outside the top 2
+    turned = U @ rotation(6, 1, 5, 0.3)
+    left, right = ev.principal_angles(W, turned[:, :5] * s @ V.T, 2)
+    assert left.tolist() == pytest.approx([0, 0.3], abs=1e-6)
+    assert right.tolist() == pytest.approx([0, 0], abs=1e-6)
+    turned = V @ rotation(5, 0, 4, 0.7)
+    left, right = ev.principal_angles(W, U[:, :5] * s @ turned.T, 1)
+    assert (left.item(), right.item()) == pytest.approx((0, 0.7), abs=1e-6)
+
+
+def test_principal_angles_ignore_singular_values_and_turns_within_the_subspace():
+    U, s, V, W = matrix_with_known_spectrum()
+    other = U[:, :5] * (s * torch.tensor([1.5, 1.1, 1.2, 0.9, 0.3])) @ V.T
+    assert max(a.max() for a in ev.principal_angles(W, other, 3)) < 1e-6
+    inside = (U @ rotation(6, 0, 1, 0.5))[:, :5] * s @ V.T
+    assert ev.principal_angles(W, inside, 2)[0].max() < 1e-6
+
+
+def test_singular_value_shift_of_a_scaled_spectrum():
+    U, s, V, W = matrix_with_known_spectrum()
+    scaled = U[:, :5] * (s * torch.tensor([1.1, 1, 1, 1, 0.5], dtype=torch.double)) @ V.T
+    assert ev.singular_value_shift(W, scaled).tolist() == pytest.approx([0.1, 0, 0, 0, -0.5], abs=1e-9)
+
+
+def test_restore_directions():
+    U, s, V, W = matrix_with_known_spectrum()
+    turned = (U @ rotation(6, 1, 5, 0.3))[:, :5] * (2 * s) @ V.T
+    back = ev.restore_directions(W, turned)
+    assert torch.allclose(back, 2 * W)                    # its own values, the old vectors
+    assert torch.allclose(ev.restore_directions(turned, W), turned / 2)    # swapped: values alone
+    first = ev.restore_directions(W, turned, 1)           # the first vector never turned
+    assert torch.allclose(first, turned)
+    assert not torch.allclose(first, back)
+
+
+# ---- drift
+def test_drift_by_hand():
+    # two texts along x; PCA axes x then y. Layer 2 shifts against layer 1: the centroids cancel.
+    h = torch.tensor([[-1.0, 0, 0], [1, 0, 0], [0, 0.1, 0], [0, -0.1, 0]])
+    shift = torch.tensor([0.5, 0, 0])
+    far, plain = ev.representation_drift([h, h], [h + shift, h + shift])
+    assert (far, plain) == pytest.approx((0.5, 0.5))
+    far, plain = ev.representation_drift([h, h], [h + shift, h - shift])
+    assert (far, plain) == pytest.approx((0, 0.5))
+    # PCA sees two directions only, the plain shift all
+    far, plain = ev.representation_drift([h], [h + torch.tensor([0, 0, 2.0])])
+    assert (far, plain) == pytest.approx((0, 2))
+
+
+def test_layer_means_are_the_models_own_hidden_states(tiny):
+    ids, mask = data.batch([("S 10", "7 # 17"), ("M", "9")])
+    layers = ev.layer_means(tiny, ids, mask)
+    assert len(layers) == 3 and layers[0].shape == (2, 32)
+    h = tiny.transformer.wte(ids[1, :3]) + tiny.transformer.wpe.weight[:3]
+    assert torch.allclose(layers[0][1], h[1:3].mean(0), atol=1e-6)    # response: '9' and EOS
+    x = tiny.transformer.h[1](tiny.transformer.h[0](h[None]))[0]
+    assert torch.allclose(layers[2][1], x[1:3].mean(0), atol=1e-5)
+
+
+# ---- gradient norms
+def test_gradient_norms_by_probability(tiny):
+    ids, mask = data.batch([("S 10 >", "7 # 17"), ("M >", "9")])
+    with torch.no_grad():      # push one token's probability up, so that two bins are filled
+        tiny.lm_head.weight[9] += 1.2 * tiny.hidden(ids)[1, 1] / tiny.hidden(ids)[1, 1].norm()
+    out = ev.gradient_norm_by_probability(tiny, ids, mask)
+    assert sum(b["tokens"] for b in out) == 6 and len(out) == 10
+    logits = tiny(ids)
+    p = logits.softmax(-1)
+    by_bin = {}
+    for i, t in (mask[:, 1:]).nonzero().tolist():
+        grad = torch.autograd.grad(-logits[i, t].log_softmax(-1)[ids[i, t + 1]],
+                                   list(tiny.parameters()), retain_graph=True)
+        full = torch.cat([g.flatten() for g in grad]).norm().item()
+        e = torch.zeros(124)
+        e[ids[i, t + 1]] = 1
+        prob = p[i, t, ids[i, t + 1]].item()
+        by_bin.setdefault(int(prob * 10), []).append((full, (p[i, t] - e).norm().item(), prob))
+    assert len(by_bin) >= 2
+    for b, items in by_bin.items():
+        n = len(items)
+        assert out[b]["tokens"] == n
+        assert out[b]["full"] == pytest.approx(sum(x[0] for x in items) / n, rel=1e-3)
+        assert out[b]["logit"] == pytest.approx(sum(x[1] for x in items) / n, rel=1e-3)
+        low, high = out[b]["bound"]
+        assert low == pytest.approx(1 - sum(x[2] for x in items) / n, abs=1e-4)
+        assert low - 1e-6 <= out[b]["logit"] <= high + 1e-6
+    assert all(q.grad is None for q in tiny.parameters())
+
+
+# ---- statistics
+def test_paired_ci_by_hand():
+    # mean 2, s = 1, t(2) = 4.303: half-width 4.303 / sqrt 3 = 2.4843
+    assert ev.paired_ci([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-3)
+    assert ev.paired_ci([0.5] * 10) == (0.5, 0.5, 0.5)
+    assert ev.paired_ci([1.0]) == (1, -math.inf, math.inf)
+    ten = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]        # s = sqrt(10 / 36), t(9) = 2.262
+    assert ev.paired_ci(ten)[2] == pytest.approx(0.5 + 2.262 * math.sqrt(10 / 36 / 10), abs=1e-4)
+
+
+def test_paired_ci_covers_at_its_rate():
+    rng = random.Random(0)
+    hits = sum(low <= 0 <= high for _, low, high in
+               (ev.paired_ci([rng.gauss(0, 1) for _ in range(5)]) for _ in range(4000)))
+    assert abs(hits / 4000 - 0.95) < 0.012
+
+
+# ---- evaluation
+def test_eval_sets_pair_the_same_hands_under_two_rules():
+    sets = ev.eval_sets(40)
+    assert [p.hand for p in sets["id"]] == [p.hand for p in sets["ood"]]
+    assert {p.rule for p in sets["id"]} == {(10, 10, 10)} and {p.rule for p in sets["ood"]} == {
+        (11, 12, 13)}
+    assert len(sets["random"]) == len(sets["prior"]) == 20
+    assert [p.op for p in sets["prior"][:4]] == ["M", "R", "D", "C"]
+    assert all(set(p.hand) & set("JQK") for s in sets.values() for p in s)
+
+
+def test_evaluate_counts_what_the_verifier_says(tiny, monkeypatch):
+    """A model that answers half of each set as a lookup table would: accuracies known by hand."""
+    def fake(model, problems, max_new, n=1, temperature=0.0, noise=None):
+        if temperature:
+            return real(model, problems, max_new, n, temperature, noise)
+        texts = []
+        for i, p in enumerate(problems):
+            if p.op != "S":
+                texts.append(data.truth(p) if p.op == "M" else "0")          # a quarter is right
+            elif p.rule == data.ID_RULE:
+                texts.append(data.chain(p.values) if i % 2 else data.terse(p.values))
+            elif p.rule == data.OOD_RULE:                                    # the wrong rule
+                texts.append(data.chain(data.Problem("S", data.ID_RULE, p.hand).values))
+            else:
+                texts.append("7")
+        ids, mask = data.batch([(p.prompt, t) for p, t in zip(problems, texts)])
+        return texts, ids, mask
+    real = ev.respond
+    monkeypatch.setattr(ev, "respond", fake)
+    row = ev.evaluate(tiny, Ctx, tiny)
+    assert (row["id"], row["answer_id"], row["format_id"]) == (0.5, 1.0, 0.5)
+    assert (row["ood"], row["answer_ood"], row["format_ood"]) == (0.0, 0.0, 1.0)
+    assert (row["random"], row["prior"], row["truncated"]) == (0.0, 0.25, 0.0)
+    assert row["kl_base"] == pytest.approx(0, abs=1e-6)
+
+
+def test_likelihood_metrics_against_a_uniform_model(tiny):
+    uniform = copy.deepcopy(tiny)
+    with torch.no_grad():
+        uniform.lm_head.weight.zero_()
+    row = ev.evaluate(uniform, Ctx, tiny)
+    assert row["entropy"] == pytest.approx(math.log(124), abs=1e-3)
+    assert row["nll"] == pytest.approx(math.log(124), abs=1e-3)
+    ids, mask = data.demonstrations(256, "held out", "eval")
+    total, n = 0.0, 0
+    with torch.no_grad():
+        p = tiny(ids).double().softmax(-1)
+        for i, t in mask[:, 1:].nonzero().tolist():
+            total, n = total + (p[i, t] * (p[i, t] * 124).log()).sum().item(), n + 1
+    # KL(base || uniform) = sum p log(124 p): the base comes first. The reverse is 3 % larger here.
+    assert row["kl_base"] == pytest.approx(total / n, rel=0.005)
+    assert ev.evaluate(tiny, Ctx, uniform)["kl_base"] != pytest.approx(row["kl_base"], rel=0.005)
+
+
+def test_respond_reads_ragged_prompts_and_drops_eos(tiny):
+    problems = [data.Problem("S", (10, 10, 10), ("7", "K", "3", "J"))] * 2
+    texts, ids, mask = ev.respond(tiny, problems, 8, 3, 1.0, torch.Generator().manual_seed(0))
+    assert len(texts) == 6 and ids.shape == (6, 18) and not mask[:, :10].any()
+    for text, row, m in zip(texts, ids, mask):
+        said = row[m].tolist()
+        assert data.encode(text) == [t for t in said if t < len(data.WORDS)] or data.PAD in said
+
+
+# ---- reports
+def row(**kw):
+    return dict(dict(seed=0, method="sft", stage="sft", init_step=0, step=1, id=0.5, ood=0.5, ood_a=0.5,
+                     ood_b=0.5, random=0.5, prior=1.0, entropy=0.1, clip_frac=0.0), **kw)
+
+
+def test_the_peak_is_picked_on_one_half_and_reported_on_the_other():
+    rows = [row(step=2, ood_a=0.9, ood_b=0.6, ood=0.75), row(step=4, ood_a=0.8, ood_b=0.9, ood=0.85)]
+    best = ev.peak(rows)
+    assert best["step"] == 2 and best["ood"] == 0.6
+
+
+def test_summary_averages_over_seeds():
+    rows = [row(stage="base", method="base", step=0, id=0.1), row(stage="base", method="base", seed=1,
+                                                                  step=0, id=0.3),
+            row(step=10, ood=0.4), row(step=10, ood=0.6, seed=1),
+            row(stage="rl", init_step=10, step=80, ood=0.9),
+            row(stage="rl", init_step=10, step=80, ood=0.7, seed=1)]
+    lines = dict(ev.summary(rows, [10]))
+    assert lines["base"]["id"] == pytest.approx(0.2)
+    assert lines["sft, step 10"]["ood"] == pytest.approx(0.5)
+    assert lines["sft, step 10, then RL"]["ood"] == pytest.approx(0.8)
+
+
+def test_a_torn_last_line_is_left_out(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row()) + "\n" + json.dumps(row())[:30])
+    assert len(ev.read_rows(tmp_path)) == 1
+    assert "unreadable" in capsys.readouterr().err
+
+
+def test_reports_of_nothing_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="config.json"):
+        ev.read_config(tmp_path)

@@ -1,0 +1,237 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
+
+import data
+import rl
+from model import response_logprobs
+from rl import clipped_surrogate, group_advantage, kl_exact, kl_k3, masked_mean, micro_batches
+
+
+# ---- the surrogate
+@pytest.mark.parametrize("adv,ratio,value,weight", [     # weight on grad log pi, by hand
+    (1, 0.5, 0.5, 0.5), (1, 1.0, 1.0, 1.0), (1, 1.25, 1.25, 1.25), (1, 2.0, 1.28, 0.0),
+    (-1, 0.5, -0.8, 0.0), (-1, 0.9, -0.9, -0.9), (-1, 1.0, -1.0, -1.0), (-1, 2.0, -2.0, -2.0),
+    (3, 1.5, 3.84, 0.0), (-2, 1.5, -3.0, -3.0),
+])
+def test_surrogate_sign_grid(adv, ratio, value, weight):
+    logp = torch.tensor([[-1.0 + math.log(ratio)]], dtype=torch.double, requires_grad=True)
+    old = torch.tensor([[-1.0]], dtype=torch.double, requires_grad=True)
+    out = clipped_surrogate(logp, old, torch.tensor([[float(adv)]]), 0.2, 0.28)
+    out.sum().backward()
+    assert out.item() == pytest.approx(value) and logp.grad.item() == pytest.approx(weight)
+    assert old.grad is None       # no gradient through the old policy
+
+
+def test_surrogate_survives_extreme_log_probabilities():
+    logp = torch.tensor([[-1e4, 0.0, -1e4, 0.0]], requires_grad=True)
+    old = torch.tensor([[0.0, -1e4, 0.0, -1e4]])
+    adv = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
+    out = clipped_surrogate(logp, old, adv, 0.2, 0.28)
+    out.sum().backward()
+    assert torch.isfinite(out).all() and torch.isfinite(logp.grad).all()
+    assert out[0, 1].item() == pytest.approx(1.28) and out[0, 0].item() == pytest.approx(0, abs=1e-6)
+
+
+# ---- advantages
+def test_group_advantage_by_hand():
+    r = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]])
+    # mean 1/4, unbiased variance (9/16 + 3/16) / 3 = 1/4: (3/4) / (1/2) = 1.5
+    assert torch.allclose(group_advantage(r), torch.tensor(
+        [[1.5, -0.5, -0.5, -0.5], [0.75 ** 0.5, 0.75 ** 0.5, -0.75 ** 0.5, -0.75 ** 0.5]]))
+    assert torch.allclose(group_advantage(r, "none")[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_groups_without_spread_and_groups_of_one_are_zero(scale):
+    assert (group_advantage(torch.full((3, 8), 0.1), scale) == 0).all()
+    assert (group_advantage(torch.rand(5, 1), scale) == 0).all()
+
+
+# ---- means
+X = torch.tensor([[1.0, 2, 3, 9], [5, 9, 9, 9]])
+MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+
+
+def test_masked_mean_by_hand():
+    assert masked_mean(X, MASK, "token").item() == 11 / 4
+    assert masked_mean(X, MASK, "sequence").item() == (2 + 5) / 2
+    assert masked_mean(X, MASK, "constant", 10).item() == pytest.approx(11 / 20)
+
+
+@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+def test_masked_mean_invariances(how):
+    base = masked_mean(X, MASK, how, 10)
+    assert masked_mean(X.flip(0), MASK.flip(0), how, 10) == base
+    wide = torch.cat([X, torch.full((2, 3), math.nan)], 1)
+    wide_mask = torch.cat([MASK, torch.zeros(2, 3).bool()], 1)
+    assert masked_mean(wide, wide_mask, how, 10) == base
+    nothing = torch.zeros_like(MASK)
+    assert masked_mean(X, nothing, how, 10) == 0
+
+
+@pytest.mark.parametrize("how", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_micro_batches_give_the_gradient_of_the_full_batch(tiny, how, n):
+    ids, mask = data.batch([("S 10 >", "1 2 3 4 5"), ("M >", "7"), ("S >", "1 2"), ("S 2 >", "1"),
+                            ("R 3 >", "9 8 7 6 5 4 3 2")])
+
+    def gradient(parts):
+        tiny.zero_grad()
+        for rows, share in parts:
+            logp = response_logprobs(tiny, ids[rows], mask[rows])
+            (share * masked_mean(-logp, mask[rows, 1:], how, 9)).backward()
+        return torch.cat([p.grad.flatten() for p in tiny.parameters()])
+    one = gradient([(torch.arange(5), 1.0)])
+    many = gradient(micro_batches(mask, how, n))
+    assert torch.allclose(one, many, atol=1e-5) and one.norm() > 0.1
+
+
+# ---- KL
+P, Q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.3, 0.6])
+
+
+def test_exact_kl_against_torch_and_its_direction():
+    expected = kl_divergence(Categorical(P), Categorical(Q)).item()
+    assert kl_exact(P.log()[None] + 5, Q.log()[None] - 3).item() == pytest.approx(expected, abs=1e-5)
+    assert abs(expected - kl_divergence(Categorical(Q), Categorical(P)).item()) > 0.05
+
+
+def test_k3_is_unbiased_for_samples_of_pi_and_by_hand():
+    k3 = kl_k3(P.log(), Q.log())            # one term for each outcome of pi
+    assert (k3 >= 0).all()
+    assert (P * k3).sum().item() == pytest.approx(kl_exact(P.log(), Q.log()).item(), abs=1e-5)
+    assert kl_k3(torch.tensor(0.0), torch.tensor(math.log(2.0))).item() == \
+        pytest.approx(2 - 1 - math.log(2))
+    assert torch.isfinite(kl_k3(torch.tensor([-1e4, 0.0]), torch.tensor([0.0, -1e4]))).all()
+
+
+# ---- GRPO
+class Ctx:
+    """A GRPO setting small enough for a test."""
+    c = rl.RLConfig(rl_prompts=4, rl_group=4, rl_updates=2, rl_steps=4, eval_n=8, rl_lr=1e-3)
+
+
+def fake_reward(monkeypatch, rule):
+    monkeypatch.setattr(rl.data, "verify", lambda p, text: data.Verdict(True, rule(text), True))
+
+
+def test_rollout_uses_the_rl_split_the_id_rule_and_counts_truncation(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(rl.data, "verify",
+                        lambda p, text: seen.append((p, text)) or data.Verdict(True, True, True))
+    ids, mask, rewards, truncated = rl.rollout(tiny, Ctx.c, 0, 0)
+    assert rewards.shape == (4, 4) and rewards.min() == 1
+    problems = [p for p, _ in seen]
+    assert problems[0] == problems[3] != problems[4]
+    assert all(data.split_of(p.hand) == "rl" and p.rule == (10, 10, 10) for p in problems)
+    for i, (p, text) in enumerate(seen):
+        said = ids[i][mask[i]].tolist()
+        assert data.decode(ids[i, :10].tolist()) == p.prompt
+        assert data.decode([t for t in said if t != data.EOS]) == text
+        assert data.EOS not in said[:-1]
+    cut = [data.EOS not in ids[i][mask[i]].tolist() for i in range(16)]
+    assert truncated == pytest.approx(sum(cut) / 16) and 0 < sum(cut)
+    assert not torch.equal(ids, rl.rollout(tiny, Ctx.c, 1, 0)[0])
+
+
+def test_the_first_update_is_the_policy_gradient(tiny, monkeypatch):
+    """Before any update r = 1, so the gradient is that of sum A log pi / tokens, by plain autograd."""
+    fake_reward(monkeypatch, lambda text: len(text) % 2 == 0)
+    import dataclasses
+    c = dataclasses.replace(Ctx.c, rl_updates=1, temperature=1.3)
+    ids, mask, rewards, _ = rl.rollout(tiny, c, 0, 0)
+    spread = (rewards.amax(1) > rewards.amin(1)).sum().item()
+    assert spread > 0
+    loss, tokens = 0.0, 0
+    for i in range(16):
+        group = rewards[i // 4].double()
+        if group.max() == group.min():
+            continue
+        a = (group[i % 4] - group.mean()) / group.var(unbiased=True).sqrt()
+        logits = tiny(ids[i:i + 1, :-1])[0] / 1.3
+        for t in mask[i].nonzero().flatten().tolist():
+            loss = loss - a * logits[t - 1].log_softmax(-1)[ids[i, t]]
+            tokens += 1
+    expected = torch.autograd.grad(loss / tokens, list(tiny.parameters()))
+    got = []
+
+    def capture(model, opt, lr):
+        got.append((lr, [p.grad.clone() for p in model.parameters()]))
+        model.zero_grad()
+    monkeypatch.setattr(rl, "update", capture)
+    stats = rl.grpo_step(tiny, None, c, 0, 0)
+    lr, grads = got[0]
+    assert len(got) == 1 and lr == pytest.approx(1e-3 / 5)          # warm-up: a fifth at step 0
+    assert all(torch.allclose(a.float(), b, atol=1e-5) for a, b in zip(expected, grads))
+    assert stats["clip_frac"] == 0 and stats["zero_spread"] == 1 - spread / 4
+
+
+def test_no_spread_no_update(tiny, monkeypatch):
+    fake_reward(monkeypatch, lambda text: False)
+    monkeypatch.setattr(rl, "update", lambda *a: pytest.fail("updated without a signal"))
+    stats = rl.grpo_step(tiny, None, Ctx.c, 0, 0)
+    assert stats["zero_spread"] == 1 and stats["reward"] == 0
+
+
+def test_zero_learning_rate_never_clips(tiny, monkeypatch):
+    import dataclasses
+    from model import adamw
+    fake_reward(monkeypatch, lambda text: len(text) % 2 == 0)
+    c = dataclasses.replace(Ctx.c, rl_lr=1e-30, rl_eps_low=1e-4, rl_eps_high=1e-4)
+    assert rl.grpo_step(tiny, adamw(tiny, 1.0), c, 0, 0)["clip_frac"] == 0
+    c = dataclasses.replace(c, rl_lr=1e-2)
+    assert rl.grpo_step(tiny, adamw(tiny, 1.0), c, 5, 0)["clip_frac"] > 0
+
+
+def test_grpo_raises_the_reward(tiny, monkeypatch):
+    """Reward: the response begins with an even number. A real policy gradient finds that."""
+    import dataclasses
+    fake_reward(monkeypatch, lambda text: text.split(" ")[0].isdigit()
+                and int(text.split(" ")[0]) % 2 == 0)
+    c = dataclasses.replace(Ctx.c, rl_prompts=8, rl_group=8, rl_steps=25, max_new=3, rl_lr=3e-3)
+    log = []
+    rl.grpo(tiny, c, 0, tick=lambda **s: log.append(s["reward"]))
+    assert sum(log[-5:]) / 5 > sum(log[:3]) / 3 + 0.3
+
+
+def test_kl_holds_the_policy_near_its_start(tiny, monkeypatch):
+    import copy
+    import dataclasses
+    fake_reward(monkeypatch, lambda text: len(text) % 2 == 0)
+    moved = []
+    for coef in (0.0, 5.0):
+        model = copy.deepcopy(tiny)
+        rl.grpo(model, dataclasses.replace(Ctx.c, kl_coef=coef, rl_steps=12, max_new=4), 0)
+        ids = torch.randint(0, 120, (8, 10), generator=torch.Generator().manual_seed(0))
+        moved.append(kl_exact(model(ids), tiny(ids)).mean().item())
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_grpo_resumes_bitwise(tiny, tmp_path, monkeypatch):
+    import copy
+    from model import load_checkpoint
+    fake_reward(monkeypatch, lambda text: len(text) % 2 == 0)
+    for coef in (0.0, 0.1):
+        import dataclasses
+        c = dataclasses.replace(Ctx.c, kl_coef=coef)
+        whole = copy.deepcopy(tiny)
+        stats = rl.grpo(whole, c, 0)
+        part = copy.deepcopy(tiny)
+
+        class Killed(Exception):
+            pass
+        steps = []
+
+        def tick(**_):
+            steps.append(1)
+            if len(steps) == 3:
+                raise Killed
+        with pytest.raises(Killed):
+            rl.grpo(part, c, 0, tmp_path / "x", save_every=2, tick=tick)
+        model, state = load_checkpoint(tmp_path / "x")
+        assert state["step"] == 2
+        assert rl.grpo(model, c, 0, state=state) == stats
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters()))
