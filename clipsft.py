@@ -60,26 +60,35 @@ def unclipped(b):
     return clip_loss(b.logp, b.old_logp, 1.0, math.inf)
 
 
+def kl_to_base(b):
+    """KL(pi || base) over the whole vocabulary at each response token: (B, T-1)."""
+    with torch.no_grad():
+        ref = response_logits(b.base, b.ids, b.ids_mask)
+    kl = kl_exact(response_logits(b.model, b.ids, b.ids_mask), ref)
+    return torch.zeros_like(b.logp).masked_scatter(b.mask, kl)
+
+
 # b holds, for the batch at hand, (B, T-1) tensors: logp; old_logp and base_logp, of the old policy and
 # of the base; mask; noise, uniform and fixed for each token of the set; fresh, uniform and new at each
-# step; and rate, the share of the set's tokens that the base gives less than mask_p. c is the Config.
+# step; also rate, the share of the set's tokens that the base gives less than mask_p, and high, the
+# base log-probability that as many tokens exceed. c is the Config.
 METHODS = {
     "sft": lambda b, c: sft_loss(b.logp),
     "clip": lambda b, c: clip_loss(b.logp, b.old_logp, c.eps_low, c.eps_high),
     "dft": lambda b, c: dft_loss(b.logp),
-    # Controls. What is it about clip that helps: r as a weight, the moving old policy, which tokens rest?
+    # Controls. What is it about clip: r as a weight, the moving old policy, or which tokens rest?
     "ratio": lambda b, c: unclipped(b),
     "frozen": lambda b, c: clip_loss(b.logp, b.base_logp, c.eps_low, c.eps_high),
     "rest_random": lambda b, c: unclipped(b) * (
-        b.fresh >= ((b.logp - b.old_logp).exp() > 1 + c.eps_high)[b.mask].float().mean()),
+        b.fresh >= ((b.logp - b.old_logp)[b.mask] > math.log(1 + c.eps_high)).float().mean()),
     # Masks over the whole run: improbable tokens, random tokens, most probable tokens, equally many.
     "mask_low": lambda b, c: sft_loss(b.logp) * (b.base_logp >= math.log(c.mask_p)),
     "mask_random": lambda b, c: sft_loss(b.logp) * (b.noise >= b.rate),
     "mask_high": lambda b, c: sft_loss(b.logp) * (b.base_logp <= b.high),
-    # KL(pi || base) over the whole vocabulary as a leash (SFT-KL of 2508.17784).
-    "kl": lambda b, c: sft_loss(b.logp) + c.kl_weight * b.kl(),
+    # A leash to the base (SFT-KL of 2508.17784).
+    "kl": lambda b, c: sft_loss(b.logp) + c.kl_weight * kl_to_base(b),
 }
-NEED_OLD = ("clip", "ratio", "rest_random")
+NEED_OLD = ("clip", "ratio", "rest_random")    # "frozen" keeps the base as its old policy for ever
 
 
 # ---------------------------------------------------------------------------------- configuration
@@ -119,8 +128,8 @@ class Config(RLConfig):
 
 
 STUDY = ["sft", "clip", "dft", "ratio", "frozen", "rest_random", "mask_low", "mask_random",
-         "mask_high", "kl"]
-STUDY_RL = [8, 16, 30, 60, 100, 150, 200, 400]
+         "mask_high", "kl", "sft:lr=1e-4", "clip:eps_high=0.4", "sft:steps=2000", "clip:steps=2000"]
+STUDY_RL = [4, 8, 16, 30, 60, 100, 150, 200]
 PRESETS = {
     "cpu": {},
     "smoke": dict(n_layer=2, n_head=2, n_embd=32, base_steps=20, base_docs=400, steps=8, rl_from=[8],
@@ -152,9 +161,10 @@ def settings_of(spec, c):
 
 
 def eval_steps(steps):
-    """Dense while the OOD curve peaks, then ever sparser, and the last step."""
-    grid = [2, 4, 6, 8, 10, 12, 16, 20, 30, 40, 60, 100, 150, 200, 300, 400, 700, 1000, 1500]
-    return [s for s in grid if s < steps] + [steps]
+    """Dense while the OOD curve peaks, then ever sparser, and the last step; a prolonged run is only
+    looked at from step 100 on."""
+    grid = [2, 4, 6, 8, 12, 16, 20, 30, 40, 60, 100, 150, 200, 500, 1000, 1500]
+    return [s for s in grid if s < steps and (steps <= 500 or s >= 100)] + [steps]
 
 
 # ------------------------------------------------------------------------------------ pre-training
@@ -168,17 +178,15 @@ def base_path(c, seed):
 
 
 def pretrain(c, seed, report):
-    """Train the base, the prior knowledge, or find it in the cache; evaluate it. Stopped half-way it
-    goes on where it was: the cache name is its configuration."""
-    path, device = base_path(c, seed), torch.device(c.device)
-    if not path.exists():
-        train_base(c, seed, path, device, report)
-    here = Path(c.out_dir) / "ckpt" / f"s{seed}-base.pt"
+    """Train the base, the prior knowledge, or take it from the cache; evaluate it into the run."""
+    cached, device, out = base_path(c, seed), torch.device(c.device), Path(c.out_dir)
+    here, done = out / "ckpt" / f"s{seed}-base.pt", out / "cells" / f"s{seed}-base.json"
     if not here.exists():
-        atomic_write(here, path.read_bytes())
-    done = Path(c.out_dir) / "cells" / f"s{seed}-base.json"
+        if not cached.exists():
+            train_base(c, seed, cached, device, report)
+        atomic_write(here, cached.read_bytes())
     if not done.exists():
-        base, _ = load_checkpoint(path, device)
+        base, _ = load_checkpoint(here, device)
         with autocast(device, c.dtype):
             row = dict(seed=seed, method="base", stage="base", init_step=0, step=0,
                        **ev.evaluate(base, c, base), clip_frac=0.0)
@@ -187,46 +195,46 @@ def pretrain(c, seed, report):
 
 
 def train_base(c, seed, path, device, report):
+    """Pre-train into `path`. Stopped half-way it goes on where it was."""
     part = Path(f"{path}.part")
     rng = random.Random(f"{seed}/docs")
     docs = [data.base_document(rng) for _ in range(c.base_docs)]
-    ids, mask = data.batch([(p.prompt, r) for p, r in docs])
+    ids, mask = data.batch([(p.prompt, r) for p, r in docs])                 # tokenised once, up front
     length = (ids != data.PAD).sum(1)
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(data.N_VOCAB, 12 + c.max_new, c.n_layer, c.n_head, c.n_embd)).to(device)
-    opt, start = adamw(model, c.base_lr, betas=(0.9, 0.98), weight_decay=0.1), 0
+    model, state = GPT(GPTConfig(data.N_VOCAB, 12 + c.max_new, c.n_layer, c.n_head, c.n_embd)), None
     if part.exists():
         model, state = load_checkpoint(part, device)
-        opt = adamw(model, c.base_lr, betas=(0.9, 0.98), weight_decay=0.1)
+    opt = adamw(model.to(device), c.base_lr, betas=(0.9, 0.98), weight_decay=0.1)
+    if state:
         opt.load_state_dict(state["optimizer"])
-        start = state["step"]
-    forward(model, c)
+    start = state["step"] if state else 0
     report(skipped=start)
+    compiled(model, c)
     per_epoch = c.base_docs // c.base_batch
     for step in range(start, c.base_steps):
         if step == start or step % per_epoch == 0:
             order = torch.randperm(c.base_docs, generator=generator("cpu", seed, step // per_epoch))
         rows = order[step % per_epoch * c.base_batch:][:c.base_batch]
-        rows = rows[length[rows].argsort()]    # short rows together: micro-batches without padding
+        rows = rows[length[rows].argsort()]    # short rows together: micro-batches with little padding
         total = 0.0
-        for part_rows, share in micro_batches(mask[rows], "token", 2 * c.grad_accum):
-            x, m = (t.to(device, non_blocking=True) for t in trim(ids[rows[part_rows]],
-                                                                   mask[rows[part_rows]]))
+        for run, share in micro_batches(mask[rows], "token", 2 * c.grad_accum):
+            x, m = (t.to(device) for t in trim(ids[rows[run]], mask[rows[run]]))
             with autocast(device, c.dtype):
                 loss = share * masked_mean(-response_logprobs(model, x, m), m[:, 1:])
             loss.backward()
-            total += loss.detach()
+            total += loss.item()
         # warm up for 100 steps, then down to 0 in a straight line
         update(model, opt, c.base_lr * min(1, (step + 1) / 100) * (1 - step / c.base_steps))
-        report(cell=f"base {seed}", loss=total.item())
+        report(cell=f"base {seed}", loss=total)
         if (step + 1) % 200 == 0 and step + 1 < c.base_steps:
             save_checkpoint(part, model, optimizer=opt.state_dict(), step=step + 1)
     save_checkpoint(path, model)
     part.unlink(missing_ok=True)
 
 
-def forward(model, c):
-    """--compile: the training forward pass of a model, compiled once for all shapes."""
+def compiled(model, c):
+    """--compile: the training forward pass, compiled once for all shapes."""
     if c.compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
 
@@ -249,24 +257,23 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
     N, m = len(ids), mask[:, 1:]
     with torch.no_grad():
         base_logp = response_logprobs(base, ids, mask)                       # (N, T-1)
-    bins = (base_logp.exp() * 10).long().clamp(max=9)                        # (N, T-1)
-    n_bin = by_bin(torch.ones_like(base_logp), bins, m)
+    bins = (base_logp.exp() * 10).long().clamp(max=9)
+    n_bin = by_bin(m, bins, m)
     noise = torch.rand(m.shape, generator=generator("cpu", seed, "noise")).to(dev)
     rate = (base_logp[m] < math.log(c.mask_p)).float().mean()
     high = base_logp[m].sort().values[int((1 - rate) * m.sum()) - 1]
 
     model = copy.deepcopy(base)
-    opt, rows, start, old_logp = adamw(model, c.lr), [], 0, base_logp.clone()
-    clipped, seen, losses = torch.zeros(10), torch.zeros(10), []
+    opt, rows, start, old_logp = adamw(model, c.lr), [], 0, base_logp
+    clipped, losses = torch.zeros(2, 10), []           # tokens clipped and tokens seen, by bin
     if state:
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["optimizer"])
-        rows, start, old_logp = state["rows"], state["step"], state["old_logp"].to(dev)
-    forward(model, c)
+        rows, start, old_logp = state["rows"], state["step"], state["old_logp"]
+    compiled(model, c)
     per_epoch = -(-N // c.batch_size)
-    grid = eval_steps(c.steps)
     for step in range(start, c.steps):
-        # Every K updates the policy as it stands becomes the old policy. K larger than an epoch lets
+        # Every K updates the policy as it stands becomes the old policy. With K larger than an epoch
         # tokens meet their own ratio again within one refresh (paper 1: 3 passes over the same data).
         if step % c.old_every == 0 and name in NEED_OLD:
             with torch.no_grad():
@@ -276,44 +283,35 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
         fresh = torch.rand(m.shape, generator=generator("cpu", seed, "fresh", step)).to(dev)
         loss = 0.0
         for part, share in micro_batches(mask[batch], c.aggregate, c.grad_accum):
-            part = batch[part]
+            rows_of = batch[part]
+            per_token = (t[rows_of] for t in (m, bins, old_logp, base_logp, noise, fresh))
+            x, x_mask, b_mask, b_bins, *more = trim(ids[rows_of], mask[rows_of], *per_token)
+            b = SimpleNamespace(ids=x, ids_mask=x_mask, mask=b_mask, model=model, base=base, rate=rate,
+                                high=high, **dict(zip(("old_logp", "base_logp", "noise", "fresh"), more)))
             with autocast(dev, c.dtype):
-                x, xm, *extra = trim(ids[part], mask[part], m[part], old_logp[part],
-                                     base_logp[part], noise[part], fresh[part])
-                b = SimpleNamespace(**dict(zip(("mask", "old_logp", "base_logp", "noise", "fresh"),
-                                               extra)), rate=rate, high=high)
-                b.logp = response_logprobs(model, x, xm)
-
-                def kl():
-                    with torch.no_grad():
-                        ref = response_logits(base, x, xm)
-                    return torch.zeros_like(b.logp).masked_scatter(
-                        b.mask, kl_exact(response_logits(model, x, xm), ref))
-                b.kl = kl
-                part_loss = share * masked_mean(METHODS[name](b, c), b.mask, c.aggregate, c.max_new)
+                b.logp = response_logprobs(model, x, x_mask)                 # (B, T-1)
+                part_loss = share * masked_mean(METHODS[name](b, c), b_mask, c.aggregate, c.max_new)
             part_loss.backward()
             loss += part_loss.item()
-            over = (b.logp.detach() - b.old_logp > math.log(1 + c.eps_high)) & b.mask
-            clipped += torch.tensor(by_bin(over, bins[part][:, :over.shape[1]], b.mask))
-            seen += torch.tensor(by_bin(b.mask, bins[part][:, :over.shape[1]], b.mask))
+            over = b.logp.detach() - b.old_logp > math.log(1 + c.eps_high)
+            clipped += torch.tensor([by_bin(over, b_bins, b_mask), by_bin(b_mask, b_bins, b_mask)])
         try:
             update(model, opt, c.lr)
         except FloatingPointError as e:
-            raise FloatingPointError(f"{spec}, seed {seed}, step {step}: {e}; last good checkpoint: "
-                                     f"{path}")
+            raise FloatingPointError(f"{spec}, seed {seed}, step {step}: {e}; last checkpoint: {path}")
         losses.append(loss)
         tick(loss=loss)
-        if step + 1 in grid:
+        if step + 1 in eval_steps(c.steps):
             with torch.no_grad(), autocast(dev, c.dtype):
                 logp = response_logprobs(model, ids, mask)
                 row = dict(seed=seed, method=spec, stage="sft", init_step=0, step=step + 1,
-                           **ev.evaluate(model, c, base), loss=ev.mean(losses),
-                           clip_frac=(clipped.sum() / seen.sum()).item() if name in NEED_OLD else 0.0,
-                           clip_bins=(clipped / seen.clamp(min=1)).tolist(),
-                           logp_bins=[s / n if n else None
-                                      for s, n in zip(by_bin(logp, bins, m), n_bin)], n_bin=n_bin)
+                           **ev.evaluate(model, c, base), loss=ev.mean(losses), clip_frac=0.0)
+            if name in (*NEED_OLD, "frozen"):
+                row["clip_frac"] = (clipped[0].sum() / clipped[1].sum()).item()
+            row |= dict(clip_bins=(clipped[0] / clipped[1].clamp(min=1)).tolist(), n_bin=n_bin,
+                        logp_bins=[x / n if n else None for x, n in zip(by_bin(logp, bins, m), n_bin)])
             rows.append(row)
-            clipped, seen, losses = torch.zeros(10), torch.zeros(10), []
+            clipped, losses = torch.zeros(2, 10), []
             on_row(row, model)
             if path:
                 save_checkpoint(path, model, optimizer=opt.state_dict(), step=step + 1, rows=rows,
@@ -481,7 +479,7 @@ def prepare(argv):
 
     out = Path(c.out_dir)
     config = json.loads(json.dumps(dataclasses.asdict(c)))
-    free = ("resume", "workers", "out_dir")
+    free = ("resume", "workers", "out_dir", "seeds", "methods")    # cells are independent of these
     if (out / "config.json").exists():
         if not c.resume:
             raise BadInput(f"{out} holds a run already: finish or re-report it with --resume, or name "
@@ -491,6 +489,7 @@ def prepare(argv):
         if differ:
             raise BadInput(f"--resume: {out} was started with another " + ", ".join(
                 f"--{k} ({old.get(k)}, now {config[k]})" for k in differ))
+        atomic_write(out / "config.json", json.dumps(old | config, indent=1).encode())
         return c
     if c.resume:
         raise BadInput(f"--resume: {out} holds no run (no config.json)")
@@ -511,8 +510,7 @@ def main(argv=None):
     c = prepare(argv)
     out, seeds = Path(c.out_dir), range(c.seed, c.seed + c.seeds)
     starts = {m: starts_of(m, c) for m in c.methods}
-    cells = [(run_cell, c, m, s) for m in c.methods for s in seeds]
-    cells.sort(key=lambda cell: -len(starts[cell[2]]))    # the long ones first
+    cells = [(run_cell, c, m, s) for s in seeds for m in c.methods]
     steps = sum(settings_of(m, c)[1].steps + len(starts[m]) * c.rl_steps for _, _, m, _ in cells)
     bases = [(pretrain, c, s) for s in seeds]
     todo = sum(not base_path(c, s).exists() for s in seeds) * c.base_steps

@@ -1,13 +1,16 @@
 """eval.py - what is measured: accuracies, entropy, spectra, drift, intervals, claims, figures.
 
     python eval.py runs/main              re-report a run
+    python eval.py runs/main --show 4     read what its checkpoints answer
 """
+import argparse
 import copy
 import functools
 import itertools
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -37,12 +40,12 @@ def respond(model, problems, max_new, n=1, temperature=0.0, noise=None):
 @functools.cache
 def eval_sets(n):
     """The fixed held-out problems: n each for 'id' and 'ood', the same hands under the two rules, and
-    n/2 each for 'random' (rules) and 'prior' (n/8 of each ability)."""
+    n/4 each for 'random' (rules) and 'prior' (n/16 of each ability)."""
     rng = random.Random("eval")
     sets = {"id": [data.draw(rng, "eval", rule=data.ID_RULE) for _ in range(n)]}
     sets["ood"] = [data.Problem("S", data.OOD_RULE, p.hand) for p in sets["id"]]
-    sets["random"] = [data.draw(rng, "eval") for _ in range(n // 2)]
-    sets["prior"] = [data.draw(rng, "eval", data.PRIOR_OPS[i % 4]) for i in range(n // 2)]
+    sets["random"] = [data.draw(rng, "eval") for _ in range(n // 4)]
+    sets["prior"] = [data.draw(rng, "eval", data.PRIOR_OPS[i % 4]) for i in range(n // 4)]
     return sets
 
 
@@ -267,7 +270,7 @@ def measure(run, c, seed, report):
     # Plain interpolation between base and SFT, the cheap baseline.
     out["interpolation"] = []
     for a in (0.25, 0.5, 0.75, 1.0):
-        mixed = copy.deepcopy(models["sft"][4])
+        mixed = copy.deepcopy(models["sft"][len(steps) // 2])
         with torch.no_grad():
             for p, q in zip(mixed.parameters(), base.parameters()):
                 p.lerp_(q, 1 - a)
@@ -589,10 +592,53 @@ def report(run):
         print(f"figure: {run / 'summary.png'}")
 
 
+def mark(problem, text):
+    """A response with its first wrong step in [brackets]: a wrong sum, a number that no unused card is
+    worth, a step that does not go on from the last total, a wrong final total."""
+    if problem.op != "S" or "=" not in text:
+        return text if data.verify(problem, text).answer else f"[{text}]"
+    left, total, parts = list(problem.values), None, re.split(r"( , | # )", text)
+    for i in range(0, len(parts), 2):
+        numbers = [int(w) for w in parts[i].split() if w.isdigit()]
+        if i and parts[i - 1] == " # ":
+            ok = numbers == [total] == [sum(problem.values)]
+        else:
+            new = numbers[:2] if total is None else numbers[1:2]
+            ok = (len(numbers) == 3 and numbers[0] + numbers[1] == numbers[2]
+                  and (total is None or numbers[0] == total)
+                  and all(new.count(v) <= left.count(v) for v in new))
+            for v in new if ok else []:
+                left.remove(v)
+            total = numbers[2] if ok else None
+        if not ok:
+            return "".join(parts[:i]) + f"[{parts[i]}]" + "".join(parts[i + 1:])
+    return text
+
+
+def show(run, n):
+    """n OOD problems, and what each checkpoint of the first seed makes of them."""
+    c = read_config(run)
+    files = sorted((Path(run) / "ckpt").glob(f"s{c['seed']}-*.pt"), key=lambda p: p.stat().st_mtime)
+    if not files:
+        raise BadInput(f"{run} holds no checkpoints")
+    problems = eval_sets(max(8, n))["ood"][:n]
+    said = {p.stem: respond(load_checkpoint(p)[0], problems, c["max_new"])[0] for p in files}
+    for i, p in enumerate(problems):
+        print(f"\n{p.prompt}   values {' '.join(map(str, p.values))}, total {sum(p.values)}")
+        for name, texts in said.items():
+            right = "ok " if data.verify(p, texts[i]).strict else "   "
+            print(f"  {right} {name:18} {mark(p, texts[i])}")
+
+
 def main(argv=None):
-    if len(sys.argv) != 2:
-        raise BadInput("usage: python eval.py RUN")
-    report(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--show", type=int, default=0, help="print this many OOD problems and what each "
+                        "checkpoint answers, the first wrong step in [brackets]")
+    args = parser.parse_args(argv)
+    read_config(args.run)
+    show(args.run, args.show) if args.show > 0 else report(args.run)
 
 
 if __name__ == "__main__":

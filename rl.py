@@ -84,7 +84,7 @@ def micro_batches(mask, how, n):
 # --------------------------------------------------------------------------------------------- GRPO
 @dataclass
 class RLConfig:
-    rl_steps: int = arg(80, "GRPO steps", above=0)
+    rl_steps: int = arg(40, "GRPO steps", above=0)
     rl_lr: float = arg(1e-4, "GRPO learning rate, after 5 warm-up steps", above=0)
     rl_prompts: int = arg(32, "prompts a GRPO step (P)", above=0)
     rl_group: int = arg(8, "responses a prompt (G)", above=1)
@@ -99,8 +99,8 @@ class RLConfig:
     aggregate: str = arg("token", "mean of the per-token losses, see masked_mean",
                          choices=("token", "sequence", "constant"))
     grad_accum: int = arg(1, "micro-batches an update, for memory; same gradient", above=0)
-    eval_n: int = arg(500, "held-out problems under each of the two rules; half as many random "
-                      "rules and prior abilities", above=7)
+    eval_n: int = arg(500, "held-out problems under each of the two rules; a quarter as many "
+                      "random rules and prior abilities", above=15)
     seed: int = arg(0, "random seed", above=-1)
     device: str = arg("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = arg("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16"))

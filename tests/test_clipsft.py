@@ -19,7 +19,7 @@ from clipsft import Config, clip_loss, dft_loss, finetune, settings_of, sft_loss
 from model import BadInput, load_checkpoint, response_logprobs, save_checkpoint
 
 ROOT = Path(clipsft.__file__).parent
-SMALL = Config(steps=6, eval_n=8, demos=12, batch_size=4, old_every=3)
+SMALL = Config(steps=6, eval_n=16, demos=12, batch_size=4, old_every=3)
 
 
 def weight(loss, logp, *args):
@@ -66,7 +66,7 @@ def test_dft_is_the_gradient_of_minus_p():
 
 
 @pytest.mark.parametrize("name", clipsft.METHODS)
-def test_losses_survive_extremes_and_match_float64(name):
+def test_losses_survive_extremes_and_match_float64(name, monkeypatch):
     c = Config()
     g = torch.Generator().manual_seed(0)
 
@@ -76,7 +76,8 @@ def test_losses_survive_extremes_and_match_float64(name):
         return SimpleNamespace(
             logp=logp, old_logp=old, base_logp=old, mask=torch.ones(1, 5).bool(), high=-0.5,
             noise=torch.rand(1, 5, generator=g), fresh=torch.full((1, 5), 0.9), rate=0.4,
-            kl=lambda: torch.zeros(1, 5))
+            model=None, base=None)
+    monkeypatch.setattr(clipsft, "kl_to_base", lambda b: torch.zeros(1, 5))
     grads = []
     for dtype in (torch.float32, torch.float64):
         g.manual_seed(0)
@@ -185,8 +186,8 @@ def test_grad_accum_changes_nothing(tiny, monkeypatch, how):
 
 def test_kl_method_is_sft_plus_the_exact_kl(tiny, monkeypatch):
     got = []
-    monkeypatch.setitem(clipsft.METHODS, "kl", lambda b, c: (got.append((b.kl(), b.mask)),
-                                                             sft_loss(b.logp))[1])
+    monkeypatch.setitem(clipsft.METHODS, "kl", lambda b, c: (
+        got.append((clipsft.kl_to_base(b), b.mask)), sft_loss(b.logp))[1])
     monkeypatch.setattr(clipsft.ev, "evaluate", lambda *a: {})
     model, _ = finetune(tiny, dataclasses.replace(SMALL, steps=2, lr=1e-2), "kl", 0)
     assert got[0][0].abs().max() < 1e-5 and got[1][0][got[1][1]].mean() > 1e-3
@@ -248,8 +249,9 @@ def test_method_settings():
     name, c = settings_of("clip:eps_high=0.4,old_every=24", Config())
     assert (name, c.eps_high, c.old_every, c.lr) == ("clip", 0.4, 24, 3e-4)
     assert settings_of("sft", Config(old_every=1))[0] == "sft"
-    assert clipsft.eval_steps(30) == [2, 4, 6, 8, 10, 12, 16, 20, 30]
+    assert clipsft.eval_steps(30) == [2, 4, 6, 8, 12, 16, 20, 30]
     assert clipsft.eval_steps(7) == [2, 4, 6, 7]
+    assert clipsft.eval_steps(2000) == [100, 150, 200, 500, 1000, 1500, 2000]
 
 
 BAD = [
@@ -391,7 +393,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 
 def test_rl_from_a_checkpoint(finished, tmp_path):
     init = str(finished[0] / "ckpt" / "s0-sft-8.pt")
-    line = [sys.executable, "rl.py", "--rl_steps", "1", "--rl_prompts", "2", "--eval_n", "8",
+    line = [sys.executable, "rl.py", "--rl_steps", "1", "--rl_prompts", "2", "--eval_n", "16",
             "--out", str(tmp_path / "x.pt"), "--init"]
     done = subprocess.run([*line, init], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "GRPO" in done.stdout, done.stderr

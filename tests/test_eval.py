@@ -144,7 +144,7 @@ def test_eval_sets_pair_the_same_hands_under_two_rules():
     assert [p.hand for p in sets["id"]] == [p.hand for p in sets["ood"]]
     assert {p.rule for p in sets["id"]} == {(10, 10, 10)} and {p.rule for p in sets["ood"]} == {
         (11, 12, 13)}
-    assert len(sets["random"]) == len(sets["prior"]) == 20
+    assert len(sets["random"]) == len(sets["prior"]) == 10
     assert [p.op for p in sets["prior"][:4]] == ["M", "R", "D", "C"]
     assert all(set(p.hand) & set("JQK") for s in sets.values() for p in s)
 

@@ -111,7 +111,7 @@ def test_k3_is_unbiased_for_samples_of_pi_and_by_hand():
 # ---- GRPO
 class Ctx:
     """A GRPO setting small enough for a test."""
-    c = rl.RLConfig(rl_prompts=4, rl_group=4, rl_updates=2, rl_steps=4, eval_n=8, rl_lr=1e-3)
+    c = rl.RLConfig(rl_prompts=4, rl_group=4, rl_updates=2, rl_steps=4, eval_n=16, rl_lr=1e-3)
 
 
 def fake_reward(monkeypatch, rule):
