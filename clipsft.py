@@ -10,6 +10,7 @@ A method may carry its own settings: clip:eps_high=0.4,old_every=24 or sft:lr=1e
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
@@ -28,30 +29,32 @@ from tqdm import tqdm
 
 import data
 import eval as ev
-from model import (GPT, BadInput, GPTConfig, adamw, arg, atomic_write, autocast, check, generator,
-                   load_checkpoint, parse, pick_device, response_logits, response_logprobs,
-                   run_main, save_checkpoint, trim, update)
+from model import (GPT, BadInput, GPTConfig, adamw, arg, atomic_write, autocast, check, compiled,
+                   generator, load_checkpoint, parse, pick_device, response_logits,
+                   response_logprobs, run_main, save_checkpoint, trim, update)
 from rl import RLConfig, clipped_surrogate, grpo, kl_exact, masked_mean, micro_batches
 
 
 # --------------------------------------------------------------------------------- per-token losses
 def sft_loss(logp):
-    """Supervised fine-tuning: the weight on grad log pi is 1. logp (B, T) -> (B, T), to minimise."""
+    """Supervised fine-tuning: the weight on grad log pi is 1. logp (B, T) -> (B, T), to
+    minimise."""
     # L_SFT = - log pi(y_t)
     return -logp
 
 
 def clip_loss(logp, old_logp, eps_low, eps_high):
-    """Clipped SFT: PPO's surrogate with advantage 1. The weight on grad log pi is r up to 1+eps_high
-    and 0 beyond: a token rests once its probability has grown by that factor since the old policy.
-    An improbable token gets there first; one with p_old > 1/(1+eps_high) never does."""
-    # J = min(r_t, clip(r_t, 1 - e, 1 + e)), A_t = 1               PSFT 2508.17784 eq. 6; paper 1 eq. 8-9
+    """Clipped SFT: PPO's surrogate with advantage 1. The weight on grad log pi is r up to
+    1+eps_high and 0 beyond: a token rests once its probability has grown by that factor since the
+    old policy. An improbable token gets there first; one with p_old > 1/(1+eps_high) never does."""
+    # J = min(r_t, clip(r_t, 1 - e, 1 + e)), A_t = 1       PSFT 2508.17784 eq. 6; paper 1 eq. 8-9
     return -clipped_surrogate(logp, old_logp, 1.0, eps_low, eps_high)
 
 
 def dft_loss(logp):
-    """Dynamic fine-tuning (2508.05629): the weight is pi itself, held constant, so that the gradient
-    is that of - pi(y_t): the opposite remedy, which never learns what it finds improbable."""
+    """Dynamic fine-tuning (2508.05629): the weight is pi itself, held constant, so that the
+    gradient is that of - pi(y_t): the opposite remedy, which never learns what it finds
+    improbable."""
     # L_DFT = - sg(pi(y_t)) log pi(y_t)
     return -logp.detach().exp() * logp
 
@@ -68,10 +71,10 @@ def kl_to_base(b):
     return torch.zeros_like(b.logp).masked_scatter(b.mask, kl)
 
 
-# b holds, for the batch at hand, (B, T-1) tensors: logp; old_logp and base_logp, of the old policy and
-# of the base; mask; noise, uniform and fixed for each token of the set; fresh, uniform and new at each
-# step; also rate, the share of the set's tokens that the base gives less than mask_p, and high, the
-# base log-probability that as many tokens exceed. c is the Config.
+# b holds, for the batch at hand, (B, T-1) tensors: logp; old_logp and base_logp, of the old policy
+# and of the base; mask; noise, uniform and fixed for each token of the set; fresh, uniform and new
+# at each step; also rate, the share of the set's tokens that the base gives less than mask_p, and
+# high, the base log-probability that as many tokens exceed. c is the Config.
 METHODS = {
     "sft": lambda b, c: sft_loss(b.logp),
     "clip": lambda b, c: clip_loss(b.logp, b.old_logp, c.eps_low, c.eps_high),
@@ -81,7 +84,8 @@ METHODS = {
     "frozen": lambda b, c: clip_loss(b.logp, b.base_logp, c.eps_low, c.eps_high),
     "rest_random": lambda b, c: unclipped(b) * (
         b.fresh >= ((b.logp - b.old_logp)[b.mask] > math.log(1 + c.eps_high)).float().mean()),
-    # Masks over the whole run: improbable tokens, random tokens, most probable tokens, equally many.
+    # Masks over the whole run: improbable tokens, random tokens, most probable tokens, equally
+    # many.
     "mask_low": lambda b, c: sft_loss(b.logp) * (b.base_logp >= math.log(c.mask_p)),
     "mask_random": lambda b, c: sft_loss(b.logp) * (b.noise >= b.rate),
     "mask_high": lambda b, c: sft_loss(b.logp) * (b.base_logp <= b.high),
@@ -91,14 +95,14 @@ METHODS = {
 NEED_OLD = ("clip", "ratio", "rest_random")    # "frozen" keeps the base as its old policy for ever
 
 
-# ---------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 @dataclass
 class Config(RLConfig):
-    preset: str = arg("cpu", "smoke: every stage in seconds; cpu; gpu: the recipe at 100M parameters")
-    methods: list[str] = arg([], "methods, NAME or NAME:flag=value,...; if none are given sft and clip, "
-                             "with --seeds the study's whole list")
+    preset: str = arg("cpu", "smoke: every stage in seconds; cpu; gpu: 100M parameters")
+    methods: list[str] = arg([], "methods, NAME or NAME:flag=value,...; if none are given sft and "
+                             "clip, with --seeds the study's whole list")
     seeds: int = arg(1, "how many seeds, from --seed on; each has its own base", above=0)
-    rl_methods: list[str] = arg(["sft", "clip"], "those from whose checkpoints GRPO starts, or none")
+    rl_methods: list[str] = arg(["sft", "clip"], "those that GRPO starts from, or none")
     rl_from: list[int] = arg([], "SFT steps that GRPO starts from; if none are given 100 200, with "
                              "--seeds a grid of eight", above=0)
     steps: int = arg(200, "SFT updates", above=0)
@@ -121,19 +125,21 @@ class Config(RLConfig):
     base_lr: float = arg(5e-3, "pre-training peak learning rate", above=0)
     base_batch: int = arg(64, "documents a pre-training update", above=0)
     base_docs: int = arg(60000, "different pre-training documents", above=0)
+    min_base: float = arg(0.9, "seeds whose base adds up fewer random-rule hands are left out",
+                          above=-1e-9, below=1)
     compile: bool = arg(False, "torch.compile the training forward pass")
-    workers: int = arg(0, "processes, one thread each; 0 is one a core, on CUDA one in all", above=-1)
+    workers: int = arg(0, "processes, one thread each; 0 is one a core, on CUDA one", above=-1)
     out_dir: str = arg("runs/main", "run folder; bases are cached in its parent folder")
     resume: bool = arg(False, "finish a stopped run")
 
 
-STUDY = ["sft", "clip", "dft", "ratio", "frozen", "rest_random", "mask_low", "mask_random",
-         "mask_high", "kl", "sft:lr=1e-4", "clip:eps_high=0.4", "sft:steps=2000", "clip:steps=2000"]
+STUDY = ["sft", "clip", "sft:steps=2000", "clip:steps=2000", "mask_low", "mask_random", "mask_high",
+         "sft:lr=1e-4", "dft", "ratio", "rest_random"]
 STUDY_RL = [4, 8, 16, 30, 60, 100, 150, 200]
 PRESETS = {
     "cpu": {},
-    "smoke": dict(n_layer=2, n_head=2, n_embd=32, base_steps=20, base_docs=400, steps=8, rl_from=[8],
-                  rl_steps=2, rl_prompts=4, eval_n=16),
+    "smoke": dict(n_layer=2, n_head=2, n_embd=32, base_steps=20, base_docs=400, steps=8,
+                  rl_from=[8], rl_steps=2, rl_prompts=4, eval_n=16, min_base=0.0),
     "gpu": dict(n_layer=14, n_head=12, n_embd=768, base_steps=1500, base_lr=6e-4, base_batch=512,
                 base_docs=400000, lr=3e-5, rl_lr=1e-5, dtype="bf16", device="cuda"),
 }
@@ -155,24 +161,25 @@ def settings_of(spec, c):
             raise BadInput(f"--methods {spec}: {value!r} is not a number for {key}")
     check(c)
     if name in NEED_OLD and c.old_every == 1:
-        raise BadInput(f"--old_every 1 with {name}: right after a refresh the ratio is 1, so nothing "
-                       "is ever clipped and the method is plain SFT; use 2 or more")
+        raise BadInput(f"--old_every 1 with {name}: right after a refresh the ratio is 1, so "
+                       "nothing is ever clipped and the method is plain SFT; use 2 or more")
     return name, c
 
 
 def eval_steps(steps):
-    """Dense while the OOD curve peaks, then ever sparser, and the last step; a prolonged run is only
-    looked at from step 100 on."""
-    grid = [2, 4, 6, 8, 12, 16, 20, 30, 40, 60, 100, 150, 200, 500, 1000, 1500]
+    """Dense while the OOD curve peaks, then ever sparser, and the last step; a prolonged run is
+    only looked at from step 100 on."""
+    grid = [2, 4, 6, 8, 12, 16, 20, 30, 60, 100, 150, 200, 500, 1000]
     return [s for s in grid if s < steps and (steps <= 500 or s >= 100)] + [steps]
 
 
-# ------------------------------------------------------------------------------------ pre-training
+# ------------------------------------------------------------------------------------- pre-training
 def base_path(c, seed):
-    """Where the base of this seed is cached: a name made of everything that its weights depend on."""
-    keys = ("n_layer", "n_head", "n_embd", "base_steps", "base_lr", "base_batch", "base_docs", "device",
-            "dtype", "max_new")
-    source = [Path(__file__).with_name(f).read_text(encoding="utf-8") for f in ("data.py", "model.py")]
+    """Where the base of this seed is cached: a name made of everything that its weights depend
+    on."""
+    keys = ("n_layer", "n_head", "n_embd", "base_steps", "base_lr", "base_batch", "base_docs",
+            "device", "dtype", "max_new")
+    source = [inspect.getsource(m) for m in (data, inspect.getmodule(GPT))]
     what = repr([getattr(c, k) for k in keys] + [seed] + source)
     return Path(c.out_dir).parent / f"base-{hashlib.sha256(what.encode()).hexdigest()[:12]}.pt"
 
@@ -199,7 +206,7 @@ def train_base(c, seed, path, device, report):
     part = Path(f"{path}.part")
     rng = random.Random(f"{seed}/docs")
     docs = [data.base_document(rng) for _ in range(c.base_docs)]
-    ids, mask = data.batch([(p.prompt, r) for p, r in docs])                 # tokenised once, up front
+    ids, mask = data.batch([(p.prompt, r) for p, r in docs])             # tokenised once, up front
     length = (ids != data.PAD).sum(1)
     torch.manual_seed(seed)
     model, state = GPT(GPTConfig(data.N_VOCAB, 12 + c.max_new, c.n_layer, c.n_head, c.n_embd)), None
@@ -210,13 +217,13 @@ def train_base(c, seed, path, device, report):
         opt.load_state_dict(state["optimizer"])
     start = state["step"] if state else 0
     report(skipped=start)
-    compiled(model, c)
+    compiled(model, c.compile)
     per_epoch = c.base_docs // c.base_batch
     for step in range(start, c.base_steps):
         if step == start or step % per_epoch == 0:
             order = torch.randperm(c.base_docs, generator=generator("cpu", seed, step // per_epoch))
         rows = order[step % per_epoch * c.base_batch:][:c.base_batch]
-        rows = rows[length[rows].argsort()]    # short rows together: micro-batches with little padding
+        rows = rows[length[rows].argsort()]    # short rows together: micro-batches without padding
         total = 0.0
         for run, share in micro_batches(mask[rows], "token", 2 * c.grad_accum):
             x, m = (t.to(device) for t in trim(ids[rows[run]], mask[rows[run]]))
@@ -233,13 +240,7 @@ def train_base(c, seed, path, device, report):
     part.unlink(missing_ok=True)
 
 
-def compiled(model, c):
-    """--compile: the training forward pass, compiled once for all shapes."""
-    if c.compile:
-        model.hidden = torch.compile(model.hidden, dynamic=True)
-
-
-# ------------------------------------------------------------------------------------- fine-tuning
+# -------------------------------------------------------------------------------------- fine-tuning
 def by_bin(x, bins, mask):
     """Sums of x (N, T) over the ten base-probability bins, [0, .1) first. -> list of 10 floats."""
     sums = torch.zeros(10, device=x.device).index_add_(0, bins[mask], x[mask].float())
@@ -270,11 +271,12 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["optimizer"])
         rows, start, old_logp = state["rows"], state["step"], state["old_logp"]
-    compiled(model, c)
+    compiled(model, c.compile)
     per_epoch = -(-N // c.batch_size)
     for step in range(start, c.steps):
-        # Every K updates the policy as it stands becomes the old policy. With K larger than an epoch
-        # tokens meet their own ratio again within one refresh (paper 1: 3 passes over the same data).
+        # Every K updates the policy as it stands becomes the old policy. With K larger than an
+        # epoch tokens meet their own ratio again within one refresh (paper 1: 3 passes over the
+        # same data).
         if step % c.old_every == 0 and name in NEED_OLD:
             with torch.no_grad():
                 old_logp = response_logprobs(model, ids, mask)
@@ -285,9 +287,10 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
         for part, share in micro_batches(mask[batch], c.aggregate, c.grad_accum):
             rows_of = batch[part]
             per_token = (t[rows_of] for t in (m, bins, old_logp, base_logp, noise, fresh))
+            names = ("old_logp", "base_logp", "noise", "fresh")
             x, x_mask, b_mask, b_bins, *more = trim(ids[rows_of], mask[rows_of], *per_token)
-            b = SimpleNamespace(ids=x, ids_mask=x_mask, mask=b_mask, model=model, base=base, rate=rate,
-                                high=high, **dict(zip(("old_logp", "base_logp", "noise", "fresh"), more)))
+            b = SimpleNamespace(ids=x, ids_mask=x_mask, mask=b_mask, model=model, base=base,
+                                rate=rate, high=high, **dict(zip(names, more)))
             with autocast(dev, c.dtype):
                 b.logp = response_logprobs(model, x, x_mask)                 # (B, T-1)
                 part_loss = share * masked_mean(METHODS[name](b, c), b_mask, c.aggregate, c.max_new)
@@ -298,7 +301,8 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
         try:
             update(model, opt, c.lr)
         except FloatingPointError as e:
-            raise FloatingPointError(f"{spec}, seed {seed}, step {step}: {e}; last checkpoint: {path}")
+            raise FloatingPointError(f"{spec}, seed {seed}, step {step}: {e}; last checkpoint "
+                                     f"{path}")
         losses.append(loss)
         tick(loss=loss)
         if step + 1 in eval_steps(c.steps):
@@ -308,8 +312,9 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
                            **ev.evaluate(model, c, base), loss=ev.mean(losses), clip_frac=0.0)
             if name in (*NEED_OLD, "frozen"):
                 row["clip_frac"] = (clipped[0].sum() / clipped[1].sum()).item()
+            sums = by_bin(logp, bins, m)
             row |= dict(clip_bins=(clipped[0] / clipped[1].clamp(min=1)).tolist(), n_bin=n_bin,
-                        logp_bins=[x / n if n else None for x, n in zip(by_bin(logp, bins, m), n_bin)])
+                        logp_bins=[x / n if n else None for x, n in zip(sums, n_bin)])
             rows.append(row)
             clipped, losses = torch.zeros(2, 10), []
             on_row(row, model)
@@ -388,7 +393,8 @@ def run_cell(c, spec, seed, report):
 
 
 def worker(jobs, messages, parent):
-    """A process of its own: takes jobs (function, arguments) until there are none, sends messages."""
+    """A process of its own: takes jobs (function, arguments) until there are none, sends
+    messages."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the parent's business
     torch.set_num_threads(1)
 
@@ -418,8 +424,9 @@ def run_jobs(jobs, workers, total, metrics):
                 metrics.write(json.dumps(message["row"]) + "\n")
                 metrics.flush()
             elif "cell" in message:
-                stats = " ".join(f"{k} {message[k]:.2f}" for k in ("loss", "reward") if k in message)
-                bar.set_postfix_str(f"{message['cell']} {stats}", refresh=False)
+                stats = "".join(f" {k} {message[k]:.2f}" for k in ("loss", "reward")
+                                if k in message)
+                bar.set_postfix_str(f"{message['cell']}{stats}", refresh=False)
                 bar.update()
 
         if workers == 1:
@@ -442,7 +449,7 @@ def run_jobs(jobs, workers, total, metrics):
                 show(message)
             except queue.Empty:
                 if any(p.exitcode for p in pool):
-                    raise BadInput("a worker process died; --resume goes on from its last checkpoint")
+                    raise BadInput("a worker process died; --resume goes on from there")
 
 
 def collect(c):
@@ -482,8 +489,8 @@ def prepare(argv):
     free = ("resume", "workers", "out_dir", "seeds", "methods")    # cells are independent of these
     if (out / "config.json").exists():
         if not c.resume:
-            raise BadInput(f"{out} holds a run already: finish or re-report it with --resume, or name "
-                           "another folder with --out_dir")
+            raise BadInput(f"{out} holds a run already: finish or re-report it with --resume, or "
+                           "name another folder with --out_dir")
         old = ev.read_config(out)
         differ = [k for k in config if k not in free and old.get(k) != config[k]]
         if differ:
@@ -506,24 +513,42 @@ def prepare(argv):
     return c
 
 
+def able(c):
+    """Seeds of the run whose base can add. The others have nothing to forget: they are left out before
+    any method has seen them, and named."""
+    out = []
+    for seed in range(c.seed, c.seed + c.seeds):
+        row = json.loads((Path(c.out_dir) / "cells" / f"s{seed}-base.json").read_text())[0]
+        if row["answer_random"] >= c.min_base:
+            out.append(seed)
+        else:
+            print(f"seed {seed} is left out: its base adds up only {row['answer_random']:.1%} of the "
+                  f"random-rule hands (--min_base {c.min_base})")
+    if not out:
+        raise BadInput("no base can add: raise --base_steps, or try another --seed")
+    return out
+
+
 def main(argv=None):
     c = prepare(argv)
     out, seeds = Path(c.out_dir), range(c.seed, c.seed + c.seeds)
-    starts = {m: starts_of(m, c) for m in c.methods}
-    cells = [(run_cell, c, m, s) for s in seeds for m in c.methods]
-    steps = sum(settings_of(m, c)[1].steps + len(starts[m]) * c.rl_steps for _, _, m, _ in cells)
-    bases = [(pretrain, c, s) for s in seeds]
-    todo = sum(not base_path(c, s).exists() for s in seeds) * c.base_steps
     torch.set_num_threads(1)    # one thread a process: as fast at this size, and never contended
     try:
         with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics:
             for row in collect(c):
                 metrics.write(json.dumps(row) + "\n")
             print(ev.line())
-            run_jobs(bases, min(c.workers, len(bases)), todo, metrics)
-            run_jobs(cells, min(c.workers, len(cells)), steps, metrics)
-            if {"sft", "clip"} <= set(c.rl_methods) & set(c.methods) and c.seeds > 1:
-                run_jobs([(ev.measure, out, c, s) for s in seeds], min(c.workers, c.seeds), c.seeds, metrics)
+            bases = [(pretrain, c, s) for s in seeds]
+            missing = sum(not base_path(c, s).exists() for s in seeds)
+            run_jobs(bases, min(c.workers, c.seeds), missing * c.base_steps, metrics)
+            seeds = able(c)
+            cells = [(run_cell, c, m, s) for s in seeds for m in c.methods]
+            steps = sum(settings_of(m, c)[1].steps + len(starts_of(m, c)) * c.rl_steps
+                        for m in c.methods)
+            run_jobs(cells, min(c.workers, len(cells)), steps * len(seeds), metrics)
+            if {"sft", "clip"} <= set(c.rl_methods) & set(c.methods) and len(c.rl_from) > 3:
+                run_jobs([(ev.measure, out, c, s) for s in seeds], min(c.workers, len(seeds)),
+                         len(seeds), metrics)
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(130)

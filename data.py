@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import tiktoken
 import torch
 
-# ------------------------------------------------------------------------------------ tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 # Every word is one token, so every number 0..99 is: arithmetic on single tokens is learnt in about
 # half the steps that digits need. Specials have ids of their own: pad is never eos.
 FACES = ("J", "Q", "K")
@@ -51,7 +51,7 @@ def decode(ids):
     return _enc.decode(ids)[1:]
 
 
-# --------------------------------------------------------------------------------------- problems
+# ----------------------------------------------------------------------------------------- problems
 ID_RULE, OOD_RULE = (10, 10, 10), (11, 12, 13)
 
 
@@ -87,7 +87,7 @@ def split_of(hand):
 
 
 def draw(rng, split, op="S", rule=None):
-    """A random problem of a split with at least one face card. rule None: each worth from 10..19."""
+    """A random problem of a split with at least one face card; rule None: worths from 10..19."""
     while True:
         hand = tuple(rng.choices(DECK, k=4))
         if not set(hand).isdisjoint(FACES) and split_of(hand) == split:
@@ -147,7 +147,7 @@ def base_document(rng):
     return problem, chain(values, rng, 0.03)
 
 
-# ------------------------------------------------------------------------------------------ verifier
+# ----------------------------------------------------------------------------------------- verifier
 _STEP = r"(?:(?:%s) )?(\d+) \+ (\d+) = (\d+)" % "|".join(CONNECTIVES)
 _CHAIN = re.compile(rf"{_STEP} , {_STEP} , {_STEP} # (\d+)")
 
@@ -176,7 +176,7 @@ def verify(problem, response):
     return Verdict(True, strict, answer)
 
 
-# --------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 def batch(pairs):
     """[(prompt, response), ...] texts -> ids (B, T) long, mask (B, T) bool, right-padded.
 
@@ -196,7 +196,7 @@ def main():
     """Problems of every kind, each with its tokens over their mask: 1 is trained, 0 is not."""
     rng = random.Random(0)
     shown = [("expert demonstration, ID rule", "S", ID_RULE, lambda p: expert(p, rng)),
-             ("the same style, OOD rule (evaluation only)", "S", OOD_RULE, lambda p: expert(p, rng)),
+             ("the same style, OOD rule (only evaluated)", "S", OOD_RULE, lambda p: expert(p, rng)),
              ("the base's own style, random rule", "S", None, lambda p: terse(p.values))]
     shown += [(f"prior ability: {OPS[op]}", op, None, truth) for op in PRIOR_OPS]
     for title, op, rule, answer in shown:
@@ -205,7 +205,8 @@ def main():
         words = [decode([i]) for i in ids[0].tolist()]
         widths = [max(len(w), 1) for w in words]
         print(f"\n{title}: {verify(problem, answer(problem))}")
-        for label, cells in (("text", words), ("id", ids[0].tolist()), ("mask", mask[0].long().tolist())):
+        for label, cells in (("text", words), ("id", ids[0].tolist()),
+                             ("mask", mask[0].long().tolist())):
             print(f"{label:>5} " + " ".join(f"{c!s:>{max(w, 3)}}" for c, w in zip(cells, widths)))
 
 

@@ -21,7 +21,7 @@ from model import (BadInput, atomic_write, generator, load_checkpoint, response_
                    token_logprobs)
 
 
-# -------------------------------------------------------------------------------------- generation
+# --------------------------------------------------------------------------------------- generation
 @torch.no_grad()
 def respond(model, problems, max_new, n=1, temperature=0.0, noise=None):
     """Let the model answer each problem n times, all at once; temperature 0 is greedy.
@@ -39,8 +39,8 @@ def respond(model, problems, max_new, n=1, temperature=0.0, noise=None):
 
 @functools.cache
 def eval_sets(n):
-    """The fixed held-out problems: n each for 'id' and 'ood', the same hands under the two rules, and
-    n/4 each for 'random' (rules) and 'prior' (n/16 of each ability)."""
+    """The fixed held-out problems: n each for 'id' and 'ood', the same hands under the two rules,
+    and n/4 each for 'random' (rules) and 'prior' (n/16 of each ability)."""
     rng = random.Random("eval")
     sets = {"id": [data.draw(rng, "eval", rule=data.ID_RULE) for _ in range(n)]}
     sets["ood"] = [data.Problem("S", data.OOD_RULE, p.hand) for p in sets["id"]]
@@ -53,10 +53,10 @@ def eval_sets(n):
 def evaluate(model, c, base=None):
     """Everything that one metrics row says of a model, as a dict of floats. c: max_new, eval_n.
 
-    Greedy accuracies in [0, 1]; ood_a and ood_b are the two halves of the OOD set (the peak is picked
-    on a and reported on b). nll (nats a token) on held-out demonstrations; entropy (nats a token) on
-    the model's own samples at temperature 1; kl_base = KL(base || pi), nats a token, on the same
-    demonstrations (the forward KL of 2509.04259)."""
+    Greedy accuracies in [0, 1]; ood_a and ood_b are the two halves of the OOD set (the peak is
+    picked on a and reported on b). nll (nats a token) on held-out demonstrations; entropy (nats a
+    token) on the model's own samples at temperature 1; kl_base = KL(base || pi), nats a token, on
+    the same demonstrations (the forward KL of 2509.04259)."""
     dev = next(model.parameters()).device
     sets = eval_sets(c.eval_n)
     problems = [p for s in sets.values() for p in s]
@@ -73,12 +73,12 @@ def evaluate(model, c, base=None):
             row["ood_a"] = mean(v.strict for v in part[::2])
             row["ood_b"] = mean(v.strict for v in part[1::2])
     row["truncated"] = 1 - ((ids == data.EOS) & mask).any(1).float().mean().item()
-    own = sets["id"][:256]
+    own = sets["id"][:128]
     _, ids, mask = respond(model, own, c.max_new, 1, 1.0, generator(dev, "entropy"))
     logp = response_logits(model, ids, mask).float().log_softmax(-1)          # (N, V)
     # H = - sum_v pi(v) log pi(v), exact, averaged over sampled tokens
     row["entropy"] = -(logp.exp() * logp).sum(-1).mean().item()
-    ids, mask = (t.to(dev) for t in data.demonstrations(256, "held out", "eval"))
+    ids, mask = (t.to(dev) for t in data.demonstrations(128, "held out", "eval"))
     logits = response_logits(model, ids, mask)
     row["nll"] = -token_logprobs(logits, ids[:, 1:][mask[:, 1:]]).mean().item()
     if base is not None:
@@ -87,13 +87,13 @@ def evaluate(model, c, base=None):
     return row
 
 
-# ------------------------------------------------------------------------------------------ analysis
+# ----------------------------------------------------------------------------------------- analysis
 def principal_angles(W0, W1, k):
     """Angles in radians, ascending, between the top-k singular subspaces of two matrices (m, n).
     -> left (k,), right (k,)."""
     U0, _, V0 = torch.linalg.svd(W0.double(), full_matrices=False)
     U1, _, V1 = torch.linalg.svd(W1.double(), full_matrices=False)
-    # theta_i = arccos sigma_i(U0_k^T U1_k), the same with V                 2509.12235, SVD analysis
+    # theta_i = arccos sigma_i(U0_k^T U1_k), the same with V              2509.12235, SVD analysis
     left = torch.linalg.svdvals(U0[:, :k].T @ U1[:, :k]).clamp(max=1).arccos()
     right = torch.linalg.svdvals(V0[:k] @ V1[:k].T).clamp(max=1).arccos()
     return left, right
@@ -101,6 +101,7 @@ def principal_angles(W0, W1, k):
 
 def singular_value_shift(W0, W1):
     """Relative change of each singular value from W0 to W1, largest first: (min(m, n),)."""
+    # (s_1 - s_0) / s_0                                                2509.12235, SVD analysis
     s0, s1 = torch.linalg.svdvals(W0.double()), torch.linalg.svdvals(W1.double())
     return (s1 - s0) / s0
 
@@ -120,9 +121,9 @@ def representation_drift(layers0, layers1):
     """Lists, one entry a layer, of the same n texts' mean hidden states (n, C) in two models.
     -> (PCA centroid distance, mean shift).
 
-    The first is paper 1's code: project on the first two principal components of layers0, average over
-    texts, then over layers, signs included, so that opposite shifts cancel. The second does not:
-    mean over layers of || mean(h1) - mean(h0) ||."""
+    The first is paper 1's code: project on the first two principal components of layers0, average
+    over texts, then over layers, signs included, so that opposite shifts cancel. The second does
+    not: mean over layers of || mean(h1) - mean(h0) ||."""
     points, shifts = [], []
     for h0, h1 in zip(layers0, layers1):
         _, _, V = torch.linalg.svd(h0 - h0.mean(0), full_matrices=False)
@@ -144,11 +145,13 @@ def layer_means(model, ids, mask):
 
 
 def gradient_norm_by_probability(model, ids, mask, per_bin=20):
-    """Gradient norm of -log pi of single response tokens, by their probability, bins [0, .1), ...
+    """Gradient norm of -log pi of single response tokens, by their probability, bins [0, .1), ...:
+    paper 1's analysis, but with a clean gradient for each token (its code subtracts accumulated
+    norms).
 
-    -> list of ten dicts: tokens (how many of ids, mask (B, T) fall in the bin), full (mean L2 norm of
-    the gradient of all parameters, over up to per_bin tokens drawn from it), logit (the same for the
-    logits), bound (1 - p, sqrt 2 (1 - p)) at the mean p of those drawn."""
+    -> list of ten dicts: tokens (how many of ids, mask (B, T) fall in the bin), full (mean L2 norm
+    of the gradient of all parameters, over up to per_bin tokens drawn from it), logit (the same for
+    the logits), bound (1 - p, sqrt 2 (1 - p)) at the mean p of those drawn."""
     logits = response_logits(model, ids, mask)                               # (N, V)
     p = token_logprobs(logits, ids[:, 1:][mask[:, 1:]]).exp().detach()       # (N,)
     where = mask[:, 1:].nonzero()
@@ -177,11 +180,13 @@ def gradient_norm_by_probability(model, ids, mask, per_bin=20):
 # --------------------------------------------------------------------------------------- statistics
 def mean(xs):
     xs = list(xs)
+    if not xs:
+        raise LookupError("the mean of nothing")
     return sum(xs) / len(xs)
 
 
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-        2.145, 2.131, 2.120, 2.110, 2.101, 2.093]    # two-sided 95 % quantiles of Student's t, df 1...
+        2.145, 2.131, 2.120, 2.110, 2.101, 2.093]    # Student's t, two-sided 95 %, df 1, 2, ...
 
 
 def paired_ci(differences):
@@ -194,20 +199,15 @@ def paired_ci(differences):
     return m, m - half, m + half
 
 
-# ------------------------------------------------------------------------------- the claims, measured
+# ----------------------------------------------------------------------------- the claims, measured
 def frontier_area(points):
-    """Area under the ID-OOD frontier: the integral over x in [0, 1] of the best OOD accuracy among the
-    (id, ood) points with id >= x (0 where there is none). One number for a whole trajectory."""
+    """Area under the ID-OOD frontier: the integral over x in [0, 1] of the best OOD accuracy among
+    the (id, ood) points with id >= x (0 where there is none). One number for a whole trajectory."""
     area, last = 0.0, 0.0
     for x, _ in sorted(points):
         area += (x - last) * max(ood for i, ood in points if i >= x)
         last = x
     return area
-
-
-def first_reach(rows, level):
-    """The first row with id >= level, or None."""
-    return next((r for r in rows if r["id"] >= level), None)
 
 
 def with_matrices(model, change):
@@ -240,16 +240,20 @@ def measure(run, c, seed, report):
     at_base = layer_means(base, probe, pmask)
     out["drift"] = {m: [representation_drift(at_base, layer_means(x, probe, pmask)) for x in xs]
                     for m, xs in models.items()}
-    # The spectrum against the early checkpoint, beside an update of equal norm in a random direction.
+    # The spectrum against the early checkpoint, beside an update of equal norm in a random
+    # direction.
     early, late = models["sft"][1], models["sft"][-1]
     W0 = {n: p.detach() for n, p in early.transformer.h.named_parameters() if p.dim() == 2}
     W1 = {n: p.detach() for n, p in late.transformer.h.named_parameters() if p.dim() == 2}
-    noise = {n: torch.randn(w.shape, generator=generator("cpu", seed, n)).to(w) for n, w in W0.items()}
+    noise = {n: torch.randn(w.shape, generator=generator("cpu", seed, n)).to(w)
+             for n, w in W0.items()}
 
     def spectrum(pairs):
-        """Mean |relative singular value change| and mean principal angle of the leading half, degrees."""
+        """Mean |relative singular value change| and mean principal angle of the leading half,
+        degrees."""
         shift = mean(singular_value_shift(a, b).abs().mean().item() for a, b in pairs)
-        angle = mean(torch.cat(principal_angles(a, b, min(a.shape) // 2)).mean().item() for a, b in pairs)
+        angle = mean(torch.cat(principal_angles(a, b, min(a.shape) // 2)).mean().item()
+                     for a, b in pairs)
         return [shift, math.degrees(angle)]
     out["spectrum"] = spectrum([(W0[n], W1[n]) for n in W0])
     out["spectrum_null"] = spectrum([
@@ -261,7 +265,7 @@ def measure(run, c, seed, report):
         out["norms"].append(math.sqrt(sum((W[n] - W0[n]).pow(2).sum().item() for n in W0)))
     # Restore the early directions in the late model; the controls no paper ran.
     back = {n: restore_directions(W0[n], W1[n]) for n in W0}
-    step = {n: (back[n] - W1[n]).norm() / (W0[n] - W1[n]).norm() for n in W0}    # as far, straight back
+    step = {n: (back[n] - W1[n]).norm() / (W0[n] - W1[n]).norm() for n in W0}    # straight back
     out["restore"] = dict(
         early=score(early), late=score(late),
         directions=score(with_matrices(late, lambda n, w: back[n])),
@@ -281,178 +285,193 @@ def measure(run, c, seed, report):
 
 def spearman(xs, ys):
     """Rank correlation of two short lists without ties."""
-    n, rank = len(xs), lambda v: {i: r for r, i in enumerate(sorted(range(len(v)), key=v.__getitem__))}
-    a, b = rank(xs), rank(ys)
+    def rank(v):
+        return {i: r for r, i in enumerate(sorted(range(len(v)), key=v.__getitem__))}
+    n, a, b = len(xs), rank(xs), rank(ys)
     return 1 - 6 * sum((a[i] - b[i]) ** 2 for i in range(n)) / (n * (n * n - 1))
 
 
 def claims(rows, measured, rl_from):
-    """-> a list of dicts, one a claim. Every effect is a mean of differences paired by seed (same base,
-    same demonstrations in the same order), positive in the direction claimed. Verdict: 'holds' where
-    its 95 % interval lies above -margin, 'opposite' where it lies below, else 'no difference'."""
-    sft, rl = {}, {}
+    """-> a list of dicts, one a claim. Every effect is a mean of differences paired by seed (same
+    base, same demonstrations in the same order), positive in the direction claimed. Verdict:
+    'holds' where its 95 % interval lies above -margin, 'opposite' where it lies below, else 'no
+    difference'. A claim whose runs are not in the folder is left out."""
+    sft, rl, M = {}, {}, measured
     for r in rows:
         if r["stage"] == "sft":
-            sft.setdefault((r["method"], r["seed"]), []).append(r)
+            sft.setdefault((r["method"], r["seed"]), {})[r["step"]] = r
         if r["stage"] == "rl":
             rl[r["method"], r["seed"], r["init_step"]] = r
-    seeds = sorted(measured)
-    out = []
+    late, middle = [i for i in rl_from if i >= 100], [i for i in rl_from if 60 <= i <= 150]
+    long = {m.partition(":")[0]: m for m, _ in sft if "steps=" in m}
 
-    def claim(id, paper, text, metric, effect, control=None, margin=0.0):
-        """effect, control: functions of a seed; None where a seed has no such number."""
-        values = [v for v in map(effect, seeds) if v is not None]
-        if not values:
-            return
-        m, low, high = paired_ci(values)
-        verdict = "holds" if low > -margin else "opposite" if high < -margin else "no difference"
-        row = dict(id=id, paper=paper, claim=text, metric=metric, effect=m, ci=[low, high],
-                   n=len(values), verdict=verdict)
-        if control:
-            name, f = control
-            m, low, high = paired_ci([v for v in map(f, seeds) if v is not None])
-            row |= dict(control=name, control_effect=m, control_ci=[low, high])
-        out.append(row)
+    # What a claim compares: each function takes a seed and gives a number, None if it has none
+    # there.
+    def run(m, s):
+        return list(sft[m, s].values())
 
-    def step(m, s, n):
-        return next(r for r in sft[m, s] if r["step"] == n)
+    def area(m):
+        return lambda s: frontier_area([(r["id"], r["ood"]) for r in run(m, s)])
 
-    def area(m, key="ood"):
-        return lambda s: frontier_area([(r["id"], r[key]) for r in sft[m, s]])
+    def last(m, key):
+        return lambda s: run(m, s)[-1][key]
 
-    def vs(f, a, b):
-        return lambda s: f(a)(s) - f(b)(s)
+    def minus(f, g):
+        return lambda s: None if f(s) is None or g(s) is None else f(s) - g(s)
 
-    def reach(level, key):
-        def difference(s):
-            a, b = first_reach(sft["clip", s], level), first_reach(sft["sft", s], level)
-            return a[key] - b[key] if a and b else None
-        return difference
+    def versus(f, a, b, *args):
+        return minus(f(a, *args), f(b, *args))
 
-    def grad(s):
-        bins = [b for b in measured[s]["gradients"] if b["tokens"]]
-        return bins[0]["full"] / bins[-1]["full"], bins[0]["logit"] / bins[-1]["logit"], \
-            bins[0]["tokens"] * bins[0]["full"] / sum(b["tokens"] * b["full"] for b in bins)
-    claim("C1a", 1, "improbable tokens have the larger gradients", "log10 of the gradient norm a token, "
-          "p < .1 over p > .9", lambda s: math.log10(grad(s)[0]),
-          ("the same for the logits", lambda s: math.log10(grad(s)[1])))
-    claim("C1b", 1, "they make up most of the gradient", "share of the summed norms from tokens with "
-          "p < .1, minus one half", lambda s: grad(s)[2] - 0.5)
-    claim("C2", 1, "the improbable tokens cause the forgetting", "ID-OOD frontier area, training without "
-          "tokens of p < .1, minus without as many random ones", vs(area, "mask_low", "mask_random"),
-          ("without the most probable ones instead", vs(area, "mask_high", "mask_random")))
-    claim("C3a", "1, 3", "clipping forgets less OOD", "ID-OOD frontier area, clip minus SFT",
-          vs(area, "clip", "sft"), ("r as a weight, no clip, minus SFT", vs(area, "ratio", "sft")))
-    for level in (0.90, 0.95):
-        claim(f"C3 @{level:.2f}", "1, 3", f"clipping forgets less OOD at matched ID", "OOD accuracy where "
-              f"ID first reaches {level:.2f}, clip minus SFT", reach(level, "ood"))
-        claim(f"C4 @{level:.2f}", "1, 3", "clipping keeps prior abilities at matched ID", "prior accuracy "
-              f"where ID first reaches {level:.2f}, clip minus SFT", reach(level, "prior"))
-    claim("C3b", "1, 3", "clipping forgets less OOD in the end", "OOD accuracy at the last step, clip "
-          "minus SFT", lambda s: sft["clip", s][-1]["ood"] - sft["sft", s][-1]["ood"])
+    def at_id(m, level, key):
+        return lambda s: next((r[key] for r in run(m, s) if r["id"] >= level), None)
 
-    def gain(m, s, b):
-        """Log-probability gained by step 12 on training tokens of base-probability bin b."""
-        first = [x for x in step(m, s, 12)["logp_bins"]][b]
-        return first
-    claim("C5", 1, "clipping delays improbable tokens", "mean log p of training tokens of base p < .1 at "
-          "step 12, SFT minus clip", lambda s: gain("sft", s, 0) - gain("clip", s, 0),
-          ("tokens of p > .9", lambda s: gain("sft", s, 9) - gain("clip", s, 9)))
-    claim("C6", "1, 3", "clipping matches SFT in distribution", "best ID accuracy of the run, clip minus "
-          "SFT, margin .02", lambda s: max(r["id"] for r in sft["clip", s]) -
-          max(r["id"] for r in sft["sft", s]), margin=0.02)
-    long = [m for m, _ in sft if "steps=" in m]
-    if {"sft", "clip"} <= {m.partition(":")[0] for m in long}:
-        name = {m.partition(":")[0]: m for m in long}
-        claim("C7", 3, "clipping keeps entropy up in prolonged training", "entropy (nats a token) after "
-              f"{sft[name['sft'], seeds[0]][-1]['step']} steps, clip minus SFT",
-              lambda s: sft[name["clip"], s][-1]["entropy"] - sft[name["sft"], s][-1]["entropy"])
+    def gradient(s, key):
+        bins = [b for b in M[s]["gradients"] if b["tokens"]]
+        return math.log10(bins[0][key] / bins[-1][key])
 
-    def fall(key):
-        def f(s):
-            best = max(sft["sft", s], key=lambda r: r["ood_a"])
-            return (best["ood_b"] if key == "ood" else best[key]) - sft["sft", s][-1][
-                "ood_b" if key == "ood" else key]
-        return f
-    claim("C8a", 2, "OOD accuracy peaks early in SFT, then falls", "OOD accuracy at its peak minus at the "
-          "last step", fall("ood"), ("any format (answer verdict)", fall("answer_ood")))
-    claim("C8b", 2, "while ID rises", "best ID accuracy after the OOD peak minus ID at the peak",
-          lambda s: max(r["id"] for r in sft["sft", s] if r["step"] >= peak(sft["sft", s])["step"]) -
-          peak(sft["sft", s])["id"], margin=0.0)
+    def share(s):
+        bins = [b for b in M[s]["gradients"] if b["tokens"]]
+        return bins[0]["tokens"] * bins[0]["full"] / sum(b["tokens"] * b["full"] for b in bins)
 
-    def heal(m, starts, key="ood"):
-        return lambda s: mean(rl[m, s, i][key] - step(m, s, i)[key] for i in starts)
-    late = [i for i in rl_from if i >= 100]
-    claim("C9", 2, "RL on ID prompts restores OOD", f"OOD accuracy after RL minus before, SFT checkpoints "
-          f"{late}", heal("sft", late), ("ID accuracy", heal("sft", late, "id")))
-    claim("C10", 2, "RL does not exceed the early OOD peak", "peak of SFT minus the best RL end (picked "
-          "and reported on different halves)", lambda s: peak(sft["sft", s])["ood"] -
-          max((rl["sft", s, i] for i in rl_from), key=lambda r: r["ood_a"])["ood_b"])
-    middle = [i for i in rl_from if 100 <= i <= 200]
-    claim("C11", 2, "RL helps only from a bounded range of checkpoints", f"OOD gain by RL from {middle} "
-          f"minus from the ends {rl_from[:2]}", lambda s: heal("sft", middle)(s) - heal("sft",
-          rl_from[:2])(s), (f"minus from the last, {rl_from[-1]}", lambda s: heal("sft", middle)(s) -
-                            heal("sft", rl_from[-1:])(s)))
+    def learnt(m, bin):
+        return lambda s: sft[m, s][12]["logp_bins"][bin]
 
-    def end(m, s, key):
-        best = max((rl[m, s, i] for i in rl_from), key=lambda r: r["ood_a"])
-        return best["ood_b" if key == "ood" else key]
-    claim("C12a", "1, 3", "RL ends higher from clip, best checkpoint of each", "OOD accuracy after RL, clip "
-          "minus SFT", lambda s: end("clip", s, "ood") - end("sft", s, "ood"),
-          ("ID accuracy", lambda s: end("clip", s, "id") - end("sft", s, "id")))
-    claim("C12b", "1, 3", "RL ends higher from clip, all checkpoints", "OOD accuracy after RL, mean over "
-          "the same start steps, clip minus SFT", lambda s: mean(
-              rl["clip", s, i]["ood"] - rl["sft", s, i]["ood"] for i in rl_from),
-          ("ID accuracy", lambda s: mean(rl["clip", s, i]["id"] - rl["sft", s, i]["id"] for i in rl_from)))
+    def fall(s, key):
+        return max(run("sft", s), key=lambda r: r["ood_a"])[key] - run("sft", s)[-1][key]
 
-    def matched(s):
-        """RL ends from the first RL start with ID >= .9, of clip and of SFT."""
-        ends = [next((rl[m, s, i]["ood"] for i in rl_from if step(m, s, i)["id"] >= 0.9), None)
-                for m in ("clip", "sft")]
-        return ends[0] - ends[1] if None not in ends else None
-    claim("C12c", "1, 3", "RL ends higher from clip, at matched ID", "OOD accuracy after RL from the first "
-          "checkpoint with ID >= .90, clip minus SFT", matched)
-    M = measured
-    claim("C13a", 2, "singular values stay, more than by chance", "mean relative change under a random "
-          "update of equal norm minus under SFT", lambda s: M[s]["spectrum_null"][0] - M[s]["spectrum"][0],
-          ("SFT's own change", lambda s: M[s]["spectrum"][0]))
-    claim("C13b", 2, "singular vectors rotate, more than by chance", "mean principal angle (degrees) under "
-          "SFT minus under a random update of equal norm", lambda s: M[s]["spectrum"][1] -
-          M[s]["spectrum_null"][1], ("SFT's own angle", lambda s: M[s]["spectrum"][1]))
+    def rise(s):
+        best = peak(run("sft", s))
+        return max(r["id"] for r in run("sft", s) if r["step"] >= best["step"]) - best["id"]
 
-    def tracks(key):
-        return lambda s: spearman(M[s][key][2:], [-step("sft", s, i)["ood"] for i in rl_from[2:]])
-    claim("C13c", 2, "rotation tracks OOD loss", "rank correlation over checkpoints of angle to the early "
-          "one with OOD lost", tracks("angles"), ("plain distance instead of angle", tracks("norms")))
+    def gain(m, starts, key="ood"):
+        return lambda s: mean(rl[m, s, i][key] - sft[m, s][i][key] for i in starts)
+
+    def best_end(m, key):
+        return lambda s: max((rl[m, s, i] for i in rl_from), key=lambda r: r["ood_a"])[key]
+
+    def mean_end(m, key):
+        return lambda s: mean(rl[m, s, i][key] for i in rl_from)
+
+    def matched(m, of):
+        """of(i, start) at the first start of RL with ID accuracy >= .9."""
+        return lambda s: next((of(s, i, n) for i, n in enumerate(rl_from)
+                               if sft[m, s][n]["id"] >= 0.9), None)
+
+    def tracks(key):    # over the checkpoints behind the early one
+        return lambda s: spearman(M[s][key][2:], [-sft["sft", s][i]["ood"] for i in rl_from[2:]])
 
     def restored(key):
         return lambda s: M[s]["restore"][key][1] - M[s]["restore"]["late"][1]
-    claim("C13d", 2, "restoring early singular vectors restores OOD", "OOD accuracy, late model with early "
-          "vectors minus late model", restored("directions"), ("early values only", restored("values")))
-    claim("C13e", 2, "it restores more than a straight step back of equal length", "OOD accuracy, early "
-          "vectors minus interpolation of equal norm", lambda s: restored("directions")(s) -
-          restored("straight")(s))
 
-    def drift(kind):
-        def f(s):
-            at = [next((i for i, n in enumerate(rl_from) if step(m, s, n)["id"] >= 0.9), None)
-                  for m in ("sft", "clip")]
-            return None if None in at else \
-                M[s]["drift"]["sft"][at[0]][kind] - M[s]["drift"]["clip"][at[1]][kind]
-        return f
-    claim("C14", 1, "clipping drifts less in latent space", "PCA centroid drift where ID first reaches .90,"
-          " SFT minus clip", drift(0), ("plain mean shift", drift(1)))
-    for m in dict.fromkeys(m for m, _ in sft):
-        if m not in ("sft", "clip") and not m.startswith("mask") and m not in long:
-            claim(f"B {m}", "-", f"clip beats {m}", f"ID-OOD frontier area, clip minus {m}",
-                  vs(area, "clip", m))
-    claim("B interpolation", "-", "clip beats interpolation of base and SFT", "ID-OOD frontier area, clip "
-          "minus SFT and its interpolations", lambda s: area("clip")(s) - frontier_area(
-              [(r["id"], r["ood"]) for r in sft["sft", s]] + M[s]["interpolation"]))
+    table = [
+        ("C1a", 1, "improbable tokens have larger gradients", "log10 of the norm a token, lowest "
+         "bin of base probability over highest", lambda s: gradient(s, "full"),
+         "the logits' gradient", lambda s: gradient(s, "logit")),
+        ("C1b", 1, "and make up most of the gradient", "share of summed norms from p < .1, "
+         "minus 1/2", lambda s: share(s) - 0.5),
+        ("C2", 1, "improbable tokens cause the forgetting", "frontier, p < .1 masked minus as many "
+         "random tokens masked", versus(area, "mask_low", "mask_random"),
+         "most probable masked instead", versus(area, "mask_high", "mask_random")),
+        ("C3", "1, 3", "clip forgets less OOD", "frontier, clip minus SFT",
+         versus(area, "clip", "sft"), "r as a weight, no clip", versus(area, "ratio", "sft")),
+        *((f"C3 ID {x}", "1, 3", "the same at matched ID", f"OOD where ID first reaches {x}",
+           versus(at_id, "clip", "sft", x, "ood"), "random rules",
+           versus(at_id, "clip", "sft", x, "random")) for x in (0.85, 0.9, 0.95)),
+        ("C3 end", "1, 3", "the same at the last step", "OOD, clip minus SFT",
+         versus(last, "clip", "sft", "ood"), "ID", versus(last, "clip", "sft", "id")),
+        *((f"C4 ID {x}", "1, 3", "clip keeps prior abilities", f"prior where ID first reaches {x}",
+           versus(at_id, "clip", "sft", x, "prior")) for x in (0.9, 0.95)),
+        ("C4 end", "1, 3", "the same at the last step", "prior, clip minus SFT",
+         versus(last, "clip", "sft", "prior")),
+        ("C5", 1, "clip delays improbable tokens", "log p at step 12 of training tokens with base "
+         "p < .1, SFT minus clip", versus(learnt, "sft", "clip", 0),
+         "tokens with p > .9", versus(learnt, "sft", "clip", 9)),
+        ("C6", "1, 3", "clip matches SFT in distribution", "best ID of the run, clip minus SFT, "
+         "margin .02", minus(lambda s: max(r["id"] for r in run("clip", s)),
+                      lambda s: max(r["id"] for r in run("sft", s)))),
+        ("C7", 3, "clip keeps entropy in prolonged training", "entropy at the end of 2000 updates",
+         lambda s: versus(last, long["clip"], long["sft"], "entropy")(s)),
+        ("C8a", 2, "OOD peaks early in SFT, then falls", "peak, picked on half a, minus last step, "
+         "both on b", lambda s: fall(s, "ood_b"),
+         "any format", lambda s: fall(s, "answer_ood")),
+        ("C8b", 2, "while ID rises", "best ID after the OOD peak minus ID there", rise),
+        ("C9", 2, "RL on ID prompts restores OOD", f"after RL minus before, SFT steps {late}",
+         gain("sft", late), "ID", gain("sft", late, "id")),
+        ("C10", 2, "but not beyond the early peak", "peak minus best RL end", minus(
+            lambda s: peak(run("sft", s))["ood"], best_end("sft", "ood_b"))),
+        ("C11", 2, "RL helps only from a range of checkpoints", f"gain from steps {middle} "
+         f"minus from {rl_from[:2]}", minus(gain("sft", middle), gain("sft", rl_from[:2])),
+         f"minus from {rl_from[-1:]}", minus(gain("sft", middle), gain("sft", rl_from[-1:]))),
+        ("C12a", "1, 3", "RL ends higher from clip", "OOD after RL from each method's best start",
+         versus(best_end, "clip", "sft", "ood_b"), "ID", versus(best_end, "clip", "sft", "id")),
+        ("C12b", "1, 3", "the same over all checkpoints", f"OOD after RL, mean over {rl_from}",
+         versus(mean_end, "clip", "sft", "ood"), "ID", versus(mean_end, "clip", "sft", "id")),
+        ("C12c", "1, 3", "the same at matched ID", "OOD after RL from the first start of ID >= .9",
+         minus(*(matched(m, lambda s, i, n, m=m: rl[m, s, n]["ood"]) for m in ("clip", "sft")))),
+        ("C13a", 2, "singular values stay, more than by chance", "mean relative change, random "
+         "update of equal norm minus SFT", lambda s: M[s]["spectrum_null"][0] - M[s]["spectrum"][0],
+         "SFT's own change", lambda s: M[s]["spectrum"][0]),
+        ("C13b", 2, "singular vectors rotate, more than by chance", "mean principal angle "
+         "(degrees), SFT minus random update",
+         lambda s: M[s]["spectrum"][1] - M[s]["spectrum_null"][1],
+         "SFT's own angle", lambda s: M[s]["spectrum"][1]),
+        ("C13c", 2, "rotation tracks OOD loss", "rank correlation over checkpoints",
+         tracks("angles"), "distance instead of angle", tracks("norms")),
+        ("C13d", 2, "restoring early vectors restores OOD", "OOD, late model with early vectors "
+         "minus late model", restored("directions"), "early values only", restored("values")),
+        ("C13e", 2, "more than a straight step back as long", "OOD, early vectors minus "
+         "interpolation of equal norm", minus(restored("directions"), restored("straight")),
+         "interpolation's own gain", restored("straight")),
+        *(("C14" + "ab"[kind], 1, "clip drifts less in latent space", f"{name} where ID first "
+           "reaches .9, SFT minus clip", minus(*(matched(m, lambda s, i, n, m=m, k=kind:
+                                                         M[s]["drift"][m][i][k])
+                                                 for m in ("sft", "clip"))))
+          for kind, name in ((0, "PCA-centroid drift"), (1, "mean shift"))),
+        *((f"B {m}", "", f"clip beats {m}", "frontier, clip minus it", versus(area, "clip", m))
+          for m in dict.fromkeys(m for m, _ in sft)
+          if m not in ("sft", "clip", *long.values()) and not m.startswith("mask")),
+        ("B mix", "", "clip beats base-SFT interpolation", "frontier, clip minus SFT with its "
+         "interpolations", minus(area("clip"), lambda s: frontier_area(
+             [(r["id"], r["ood"]) for r in run("sft", s)] + [tuple(p) for p in
+                                                             M[s]["interpolation"]]))),
+    ]
+
+    def over_seeds(f):
+        try:
+            return [v for v in map(f, sorted(M)) if v is not None]
+        except LookupError:     # those runs are not in this folder
+            return []
+    out = []
+    for id, paper, text, metric, effect, *control in table:
+        values = over_seeds(effect)
+        if not values:
+            continue
+        margin, (m, low, high) = 0.02 * (id == "C6"), paired_ci(values)
+        out.append(dict(id=id, paper=paper, claim=text, metric=metric, effect=m, ci=[low, high],
+                        n=len(values), verdict="holds" if low > -margin else
+                        "opposite" if high < -margin else "no difference"))
+        if control and (others := over_seeds(control[1])):
+            m, low, high = paired_ci(others)
+            out[-1] |= dict(control=control[0], control_effect=m, control_ci=[low, high])
     return out
 
 
-# -------------------------------------------------------------------------------------- the report
+def claims_table(found):
+    """The claims as a Markdown table."""
+    def number(m, ci):
+        return f"{m:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]"
+    lines = ["| id | claim: what was measured | effect [95 % CI] | n | control | verdict |",
+             "|---|---|---|---|---|---|"]
+    for r in found:
+        control = ""
+        if "control" in r:
+            control = f"{r['control']}: {number(r['control_effect'], r['control_ci'])}"
+        lines.append(f"| {r['id']} | {r['claim']}: {r['metric']} | {number(r['effect'], r['ci'])} "
+                     f"| {r['n']} | {control} | **{r['verdict']}** |")
+    return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------------------- the report
 def read_config(run):
     """config.json of a run folder, or BadInput."""
     try:
@@ -462,7 +481,8 @@ def read_config(run):
 
 
 def read_rows(run):
-    """metrics.jsonl -> list of dicts. A torn last line, of a run killed while writing, is left out."""
+    """metrics.jsonl -> list of dicts. A torn last line, of a run killed while writing, is left
+    out."""
     rows = []
     for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
@@ -472,129 +492,239 @@ def read_rows(run):
     return rows
 
 
-COLUMNS = dict(id="ID", ood="OOD", random="random", prior="prior", entropy="entropy", clip_frac="clipped")
+COLUMNS = dict(id="ID", ood="OOD", random="random", prior="prior", entropy="entropy",
+               clip_frac="clipped")
 
 
 def line(row=None):
     """One evaluated checkpoint in one line; without a row the heading."""
     if row is None:
-        return " seed method                        step     ID    OOD random  prior  entropy  clipped"
+        return f" seed {'method':22} step" + "".join(f"{name:>9}" for name in COLUMNS.values())
     name = row["method"] + (f", step {row['init_step']}, RL" if row["stage"] == "rl" else "")
-    return (f"{row['seed']:5d} {name:28} {row['step']:5d} {row['id']:6.3f} {row['ood']:6.3f} "
-            f"{row['random']:6.3f} {row['prior']:6.3f} {row['entropy']:8.3f} {row['clip_frac']:8.3f}")
+    return f"{row['seed']:5d} {name:22} {row['step']:4d}" + "".join(
+        f"{row[k]:9.3f}" for k in COLUMNS)
 
 
 def table(rows):
     """[(label, row), ...] -> text, a line each."""
-    lines = [" " * 26 + "".join(f"{c:>9}" for c in COLUMNS.values())]
+    lines = [" " * 32 + "".join(f"{c:>9}" for c in COLUMNS.values())]
     for label, row in rows:
-        lines.append(f"{label:26}" + "".join(f"{row.get(k, float('nan')):9.3f}" for k in COLUMNS))
+        lines.append(f"{label:32}" + "".join(f"{row.get(k, float('nan')):9.3f}" for k in COLUMNS))
     return "\n".join(lines)
 
 
 def peak(rows):
-    """The row of the OOD peak: picked on one half of the OOD set; its `ood` is then the other half's,
-    for the best of many on the half that picked it would flatter."""
+    """The row of the OOD peak: picked on one half of the OOD set; its `ood` is then the other
+    half's, for the best of many on the half that picked it would flatter."""
     best = max(rows, key=lambda r: r["ood_a"])
     return best | dict(ood=best["ood_b"])
 
 
-def summary(rows, rl_from):
+def summary(rows):
     """-> [(label, row averaged over seeds), ...]: base, and of each method its peak, the steps that
     RL starts from, and what RL made of them."""
     def average(rs):
         keys = [k for k, v in rs[0].items() if isinstance(v, (int, float))]
         return {k: mean(r[k] for r in rs) for k in keys}
-    out = [("base", average([r for r in rows if r["stage"] == "base"]))]
+    used = {r["seed"] for r in rows if r["stage"] == "sft"}
+    out = [("base", average([r for r in rows if r["stage"] == "base" and r["seed"] in used]))]
     for m in dict.fromkeys(r["method"] for r in rows if r["stage"] == "sft"):
         mine = [r for r in rows if r["method"] == m]
-        seeds = {r["seed"] for r in mine}
-        peaks = [peak([r for r in mine if r["seed"] == s and r["stage"] == "sft"]) for s in seeds]
-        steps = sorted(r["step"] for r in peaks)
-        out.append((f"{m}, OOD peak at {steps[0]}" + (f"-{steps[-1]}" if len(steps) > 1 else ""),
+        curves = {}
+        for r in mine:
+            if r["stage"] == "sft":
+                curves.setdefault(r["seed"], []).append(r)
+        peaks = [peak(curve) for curve in curves.values()]
+        first, last = min(r["step"] for r in peaks), max(r["step"] for r in peaks)
+        out.append((f"{m}, OOD peak, step {first}" + (f"-{last}" if last > first else ""),
                     average(peaks)))
-        for start in rl_from:
-            for stage, key, label in (("sft", "step", f"{m}, step {start}"),
-                                      ("rl", "init_step", f"{m}, step {start}, then RL")):
-                rs = [r for r in mine if r["stage"] == stage and r[key] == start]
-                if rs:
-                    out.append((label, average(rs)))
+        starts = sorted({r["init_step"] for r in mine if r["stage"] == "rl"})
+        for start in starts or [max(r["step"] for r in mine)]:
+            out.append((f"{m}, step {start}", average([r for r in mine if r["stage"] == "sft"
+                                                       and r["step"] == start])))
+            healed = [r for r in mine if r["stage"] == "rl" and r["init_step"] == start]
+            if healed:
+                out.append((f"{m}, step {start}, then RL", average(healed)))
     return out
 
 
-def claims_table(found):
-    """The claims as a Markdown table."""
-    def number(m, ci):
-        return f"{m:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]"
-    lines = ["| id | claim: what was measured | effect [95 % CI] | control | verdict |",
-             "|---|---|---|---|---|"]
-    for r in found:
-        control = f"{r['control']}: {number(r['control_effect'], r['control_ci'])}" if "control" in r else ""
-        lines.append(f"| {r['id']} | {r['claim']}: {r['metric']} | {number(r['effect'], r['ci'])} | "
-                     f"{control} | **{r['verdict']}** |")
-    return "\n".join(lines) + "\n"
-
-
+# ------------------------------------------------------------------------------------------ figures
 COLORS = ["#d1495b", "#2e86ab", "#66a182", "#edae49", "#8d6a9f", "#7f7f7f"]
 
 
-def summary_figure(rows, path):
-    """OOD and ID accuracy over SFT updates, RL as arrows. False if matplotlib is not installed."""
+def plotting():
+    """matplotlib.pyplot, or None with a hint: figures are optional, everything else works
+    without."""
     try:
         import matplotlib
     except ImportError:
-        print("no figure: pip install matplotlib, then python eval.py RUN")
-        return False
+        print("no figures: pip install matplotlib, then python eval.py RUN")
+        return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    methods = list(dict.fromkeys(r["method"] for r in rows if r["stage"] == "sft"))[:len(COLORS)]
-    for ax, key, title in zip(axes, ("ood", "id"), ("out of distribution: J Q K = 11 12 13",
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                         "grid.alpha": 0.25, "font.size": 11})
+    return plt
+
+
+def band(ax, xs, columns, color, label, **style):
+    """A line through the means of columns (one list of seeds for each x) with its 95 % interval."""
+    cis = [paired_ci(v) for v in columns]
+    ax.plot(xs, [m for m, _, _ in cis], color=color, label=label, **style)
+    if len(columns[0]) > 1:
+        ax.fill_between(xs, *zip(*[ci[1:] for ci in cis]), color=color, alpha=0.15, lw=0)
+
+
+def by_step(rows, method, key, stage="sft"):
+    """-> steps, columns: the values of key at each step, one a seed."""
+    columns = {}
+    for r in rows:
+        if r["method"] == method and r["stage"] == stage:
+            columns.setdefault(r["step" if stage == "sft" else "init_step"], []).append(r[key])
+    return list(columns), list(columns.values())
+
+
+def summary_figure(plt, rows, path):
+    """OOD and ID accuracy over SFT updates, RL as arrows."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    methods = list(dict.fromkeys(r["method"] for r in rows if r["stage"] == "rl")) or \
+        list(dict.fromkeys(r["method"] for r in rows if r["stage"] == "sft"))
+    for ax, key, title in zip(axes, ("ood", "id"), ("out of distribution: J, Q, K = 11, 12, 13",
                                                     "in distribution: J = Q = K = 10")):
-        for m, color in zip(methods, COLORS):
-            curve = {}
-            for r in rows:
-                if r["method"] == m and r["stage"] == "sft":
-                    curve.setdefault(r["step"], []).append(r[key])
-            ax.plot(curve.keys(), [mean(v) for v in curve.values()], ".-", color=color, label=m)
-            for s in sorted({r["init_step"] for r in rows if r["method"] == m and r["stage"] == "rl"}):
-                end = mean(r[key] for r in rows if r["method"] == m and r["init_step"] == s
-                           and r["stage"] == "rl")
-                x = s * (0.97 if m == methods[0] else 1.03)
-                ax.annotate("", (x, end), (x, mean(curve[s])),
-                            arrowprops=dict(arrowstyle="-|>", color=color, lw=1.5, alpha=0.8))
-        ax.set(title=title, xlabel="SFT updates (log scale)", xscale="log", ylim=(0, 1.02))
-        ax.set_xticks([2, 5, 10, 20, 50, 100, 200], [2, 5, 10, 20, 50, 100, 200])
-        ax.grid(alpha=0.25)
-    axes[0].set_ylabel("accuracy")
-    axes[0].legend(loc="lower left", title="arrow: then GRPO")
+        for i, (m, color) in enumerate(zip(methods, COLORS)):
+            steps, columns = by_step(rows, m, key)
+            band(ax, steps, columns, color, m, marker=".")
+            for s, healed in zip(*by_step(rows, m, key, "rl")):
+                x = s * 1.06 ** (i - (len(methods) - 1) / 2)
+                ax.annotate("", (x, mean(healed)), (x, mean(columns[steps.index(s)])),
+                            arrowprops=dict(arrowstyle="-|>", color=color, lw=1.6, shrinkA=0,
+                                            shrinkB=0))
+        ax.set(title=title, xlabel="SFT updates (log scale)", xscale="log", ylim=(0, 1.03))
+        ticks = [t for t in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= max(steps)]
+        ax.set_xticks(ticks, ticks)
+    axes[0].set_ylabel("accuracy, greedy decoding")
+    axes[0].legend(loc="lower center", title="arrow: then GRPO on ID prompts", frameon=False,
+                   ncols=2)
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=100)
     plt.close(fig)
-    return True
+
+
+def plane_figure(plt, rows, path):
+    """The ID-OOD plane: the trajectory of each method, means over seeds, and where RL leads from
+    it."""
+    fig, ax = plt.subplots(figsize=(7.5, 5.5))
+    for m, color in zip(("sft", "clip"), COLORS):
+        steps, xs = by_step(rows, m, "id")
+        x, y = [mean(v) for v in xs], [mean(v) for v in by_step(rows, m, "ood")[1]]
+        ax.plot(x, y, ".-", color=color, label=m)
+        for s, end_x, end_y in zip(*by_step(rows, m, "id", "rl"), by_step(rows, m, "ood", "rl")[1]):
+            i = steps.index(s)
+            ax.annotate("", (mean(end_x), mean(end_y)), (x[i], y[i]), arrowprops=dict(
+                arrowstyle="-|>", color=color, alpha=0.45, lw=1.2, shrinkA=2, shrinkB=0))
+            ax.annotate(s, (x[i], y[i]), textcoords="offset points", xytext=(4, 4), color=color,
+                        size=9)
+    ax.set(xlabel="ID accuracy", ylabel="OOD accuracy",
+           title="SFT updates along the lines, GRPO along the arrows")
+    ax.legend(frameon=False, loc="lower left")
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def study_figure(plt, rows, measured, rl_from, path):
+    """Four panels: healing by start, clip fraction by base probability, rotation and its null,
+    drift."""
+    fig, ((heal, clip), (spin, drift)) = plt.subplots(2, 2, figsize=(10, 7.6))
+    seeds = sorted(measured)
+    for m, color in zip(("sft", "clip"), COLORS):
+        mine = [r for r in rows if r["method"] == m]
+        start = {(r["seed"], r["step"]): r["ood"] for r in mine if r["stage"] == "sft"}
+        gains = {}
+        for r in mine:
+            if r["stage"] == "rl":
+                gains.setdefault(r["init_step"], []).append(
+                    r["ood"] - start[r["seed"], r["init_step"]])
+        band(heal, list(gains), list(gains.values()), color, m, marker=".")
+        for kind, style, name in ((1, "-", "mean shift"), (0, ":", "PCA centroid")):
+            band(drift, rl_from, [[measured[s]["drift"][m][i][kind] for s in seeds]
+                                  for i in range(len(rl_from))], color, f"{m}, {name}", ls=style)
+    heal.axhline(0, color="black", lw=0.8)
+    heal.set(title="OOD accuracy gained by GRPO", xlabel="SFT updates before GRPO", xscale="log",
+             ylabel="accuracy after minus before")
+    drift.set(title="Latent drift from the base", xlabel="SFT updates", ylabel="distance",
+              xscale="log")
+    for s, color in zip((12, 60, 200), COLORS[2:]):
+        bins = [r["clip_bins"] for r in rows if r["method"] == "clip" and r["stage"] == "sft"
+                and r["step"] == s]
+        if bins:
+            band(clip, [0.05 + 0.1 * i for i in range(10)], list(zip(*bins)), color,
+                 f"up to step {s}", marker=".")
+    clip.set(title="Tokens clipped, by base probability", xlabel="base probability of the token",
+             ylabel="fraction clipped")
+    band(spin, rl_from, [[measured[s]["angles"][i] for s in seeds] for i in range(len(rl_from))],
+         COLORS[0], "sft, from its early checkpoint", marker=".")
+    null = [measured[s]["spectrum_null"][1] for s in seeds]
+    m, low, high = paired_ci(null)
+    spin.errorbar([rl_from[-1] * 1.08], [m], [[m - low], [high - m]], fmt="s", color="black",
+                  capsize=3, label="random update of the last one's norm")
+    spin.set(title="Rotation of singular vectors", xlabel="SFT updates", xscale="log",
+             ylabel="mean principal angle, degrees")
+    for ax in (heal, clip, spin, drift):
+        ax.legend(frameon=False, fontsize=9)
+        if ax is not clip:
+            ax.set_xticks(rl_from, rl_from)
+            ax.minorticks_off()
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def entropy_figure(plt, rows, path):
+    """Entropy over prolonged training."""
+    fig, ax = plt.subplots(figsize=(7.5, 3.6))
+    for m in dict.fromkeys(r["method"] for r in rows if "steps=" in r["method"]):
+        short = m.partition(":")[0]
+        steps, columns = by_step(rows, short, "entropy")
+        more = [(s, v) for s, v in zip(*by_step(rows, m, "entropy")) if s > steps[-1]]
+        band(ax, steps + [s for s, _ in more], columns + [v for _, v in more],
+             COLORS[short == "clip"], short, marker=".")
+    ax.set(title="Entropy on own samples", xlabel="SFT updates (log scale)", ylabel="nats a token",
+           xscale="log", ylim=(0, None))
+    ax.legend(frameon=False)
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
 
 
 def report(run):
-    """Table, summary.json and summary.png of a run folder, from its metrics.jsonl alone."""
-    run, rows = Path(run), read_rows(run)
-    lines = summary(rows, read_config(run)["rl_from"])
+    """Tables, summary.json and figures of a run folder, and of a study the claims, from what the
+    run left in metrics.jsonl and cells/."""
+    run, rows, rl_from = Path(run), read_rows(run), read_config(run)["rl_from"]
+    lines = summary(rows)
     print("\n" + table(lines))
     atomic_write(run / "summary.json", json.dumps(dict(lines), indent=1).encode())
     measured = {int(p.name[1:].split("-")[0]): json.loads(p.read_text(encoding="utf-8"))
                 for p in (run / "cells").glob("s*-measure.json")}
     if measured:
-        found = claims(rows, measured, read_config(run)["rl_from"])
+        found = claims(rows, measured, rl_from)
         atomic_write(run / "claims.json", json.dumps(found, indent=1).encode())
-        text = claims_table(found)
-        atomic_write(run / "claims.md", text.encode())
-        print("\n" + text)
-    if summary_figure(rows, run / "summary.png"):
-        print(f"figure: {run / 'summary.png'}")
+        atomic_write(run / "claims.md", claims_table(found).encode())
+        print("\n" + claims_table(found))
+    plt = plotting()
+    if plt:
+        summary_figure(plt, rows, run / "summary.png")
+        if measured:
+            plane_figure(plt, rows, run / "plane.png")
+            study_figure(plt, rows, measured, rl_from, run / "study.png")
+        if any("steps=" in r["method"] for r in rows):
+            entropy_figure(plt, rows, run / "entropy.png")
+        print("figures: " + ", ".join(str(p) for p in sorted(run.glob("*.png"))))
 
 
 def mark(problem, text):
-    """A response with its first wrong step in [brackets]: a wrong sum, a number that no unused card is
-    worth, a step that does not go on from the last total, a wrong final total."""
+    """A response with its first wrong step in [brackets]: a wrong sum, a number that no unused card
+    is worth, a step that does not go on from the last total, a wrong final total."""
     if problem.op != "S" or "=" not in text:
         return text if data.verify(problem, text).answer else f"[{text}]"
     left, total, parts = list(problem.values), None, re.split(r"( , | # )", text)
@@ -634,8 +764,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--show", type=int, default=0, help="print this many OOD problems and what each "
-                        "checkpoint answers, the first wrong step in [brackets]")
+    parser.add_argument("--show", type=int, default=0, help="print this many OOD problems and what "
+                        "each checkpoint answers, the first wrong step in [brackets]")
     args = parser.parse_args(argv)
     read_config(args.run)
     show(args.run, args.show) if args.show > 0 else report(args.run)

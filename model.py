@@ -40,7 +40,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, slots=None, seen=None):
         """x (B, T, C). With a cache (2, B, H, S, D), keys and values are also written to its slots;
-        a single token (T = 1) then attends to the slots where `seen` (B, 1, 1, S) is 0, not -inf."""
+        a single token (T = 1) then attends to the slots where `seen` (B, 1, 1, S) is 0, not
+        -inf."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -107,14 +108,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, lengths, max_new, eos, pad, n=1, temperature=0.0, generator=None):
-        """Continue every prompt n times until EOS or max_new tokens, all B = n * len(prompts) rows at
-        once; the n rows of a prompt are neighbours and share its prefill.
+        """Continue every prompt n times until EOS or max_new tokens, all B = n * len(prompts) rows
+        at once; the n rows of a prompt are neighbours and share its prefill.
 
         prompts (B/n, P) right-padded, lengths (B/n,). Returns ids (B, P + max_new), each response
-        right behind its own prompt and pad after it, and mask (B, P + max_new), True at sampled tokens,
-        EOS included: data.batch's convention, ready for a loss. A row without EOS was truncated.
-        temperature 0 is greedy. No left padding: each row decodes at its own position, so its logits
-        do not depend on the rows beside it. ValueError if prompt and response exceed block_size."""
+        right behind its own prompt and pad after it, and mask (B, P + max_new), True at sampled
+        tokens, EOS included: data.batch's convention, ready for a loss. A row without EOS was
+        truncated. temperature 0 is greedy. No left padding: each row decodes at its own position,
+        so its logits do not depend on the rows beside it. ValueError if prompt and response exceed
+        block_size."""
         P, dev, c = prompts.shape[1], prompts.device, self.config
         S = P + max_new
         if S > c.block_size:
@@ -122,13 +124,14 @@ class GPT(nn.Module):
         wte, wpe, blocks = self.transformer.wte, self.transformer.wpe, self.transformer.h
         ragged = bool((lengths < P).any())
         x = wte(prompts) + wpe.weight[:P]
-        half = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else x.dtype
+        auto = torch.is_autocast_enabled(dev.type)
+        half = torch.get_autocast_dtype(dev.type) if auto else x.dtype
         # Zeros, not empty: a masked slot still enters a product, and 0 * NaN is NaN.
         cache = torch.zeros(c.n_layer, 2, len(x), c.n_head, S, c.n_embd // c.n_head, dtype=half,
                             device=dev)
         for block, kv in zip(blocks, cache):                                 # prefill
             x = block(x, kv, (slice(None), slice(None), slice(P)))
-        x = x[torch.arange(len(x), device=dev), lengths - 1]                 # (B/n, C) at prompt ends
+        x = x[torch.arange(len(x), device=dev), lengths - 1]                 # (B/n, C), prompt ends
         x, lengths = x.repeat_interleave(n, 0), lengths.repeat_interleave(n)
         cache = cache.repeat_interleave(n, 2)
         ids = torch.full((len(x), S), pad, device=dev)
@@ -170,9 +173,10 @@ class GPT(nn.Module):
         return ids.masked_fill(~mask & (t >= lengths[:, None]), pad), mask
 
 
-# ------------------------------------------------------------------------------- log-probabilities
+# -------------------------------------------------------------------------------- log-probabilities
 def token_logprobs(logits, targets):
-    """log pi(target): logits (..., V), targets (...) -> (...) float32, whatever the logits' dtype."""
+    """log pi(target): logits (..., V), targets (...) -> (...) float32, whatever the logits'
+    dtype."""
     logits = logits.float()
     return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
@@ -207,7 +211,7 @@ def trim(ids, mask, *more, multiple=1):
     return ids[:, :T], mask[:, :T], *(x[:, :T - 1] for x in more)
 
 
-# -------------------------------------------------------------- optimizer, randomness, checkpoints
+# --------------------------------------------------------------- optimizer, randomness, checkpoints
 class BadInput(Exception):
     """Something the user can put right: shown as one line, exit code 2."""
 
@@ -254,8 +258,9 @@ def atomic_write(path, data):
 
 
 def save_checkpoint(path, model, **extra):
-    """Weights, architecture and whatever else (tensors, numbers, lists, dicts), atomically. The last
-    32 bytes are the SHA-256 of the rest: torch.load ignores them, and by itself sees no bit flip."""
+    """Weights, architecture and whatever else (tensors, numbers, lists, dicts), atomically. The
+    last 32 bytes are the SHA-256 of the rest: torch.load ignores them, and by itself sees no bit
+    flip."""
     buffer = io.BytesIO()
     torch.save(dict(gpt=asdict(model.config), model=model.state_dict(), **extra), buffer)
     data = buffer.getvalue()
@@ -279,7 +284,7 @@ def load_checkpoint(path, device="cpu"):
     return model, extra
 
 
-# ------------------------------------------------------------------------- device and command line
+# -------------------------------------------------------------------------- device and command line
 def pick_device(name):
     """'auto' is CUDA where there is one, else the CPU; a device asked for by name must exist."""
     if name == "auto":
@@ -290,13 +295,20 @@ def pick_device(name):
     return torch.device(name)
 
 
+def compiled(model, wanted):
+    """--compile: the training forward pass, compiled once for all shapes (decoding is not)."""
+    if wanted:
+        model.hidden = torch.compile(model.hidden, dynamic=True)
+
+
 def autocast(device, dtype):
     """float32, or bfloat16 matrix products over float32 weights; log-softmax is always float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
 def arg(default, help, above=None, below=None, choices=None):
-    """A dataclass field that is a command line flag; numbers lie strictly between above and below."""
+    """A dataclass field that is a command line flag; numbers lie strictly between above and
+    below."""
     meta = dict(help=help, above=above, below=below, choices=choices)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=meta)
@@ -358,95 +370,80 @@ def run_main(main):
         sys.exit(130)
 
 
-# ------------------------------------------------------------------------- parameter table and speed
+# ------------------------------------------------------------------------ parameter table and speed
 @dataclass
-class Main:
+class Bench:
     n_layer: int = arg(3, "layers", above=0)
     n_head: int = arg(2, "attention heads", above=0)
     n_embd: int = arg(64, "width", above=0)
     vocab_size: int = arg(124, "vocabulary", above=1)
-    prompt: int = arg(10, "prompt tokens a row", above=0)
-    response: int = arg(30, "response tokens a row", above=0)
+    block_size: int = arg(40, "tokens a row, a quarter of them prompt", above=3)
     rows: int = arg(64, "rows a training step", above=0)
     sample_rows: int = arg(256, "rows decoded together", above=0)
     threads: int = arg(0, "CPU threads, 0 is all", above=-1)
-    repeats: int = arg(10, "timed repetitions; the median counts", above=0)
     device: str = arg("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = arg("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16"))
     compile: bool = arg(False, "torch.compile the training forward pass")
 
 
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12}    # dense FLOP/s, vendor's figure
-
-
 def main(argv=None):
-    c = parse(Main, argv, __doc__)
-    dev = pick_device(c.device)
-    if c.threads:
-        torch.set_num_threads(c.threads)
+    c = parse(Bench, argv, __doc__)
+    dev, T, P = pick_device(c.device), c.block_size, c.block_size // 4
+    torch.set_num_threads(c.threads or torch.get_num_threads())
     torch.manual_seed(0)
-    T = c.prompt + c.response
     model = GPT(GPTConfig(c.vocab_size, T, c.n_layer, c.n_head, c.n_embd)).to(dev)
-    opt = adamw(model, 1e-4)
-    for name, part in dict(embeddings=[model.transformer.wte, model.transformer.wpe],
-                           attention=[b.attn for b in model.transformer.h],
-                           mlp=[b.mlp for b in model.transformer.h]).items():
-        print(f"{name:>12} {sum(p.numel() for x in part for p in x.parameters()):>12,}")
-    n = sum(p.numel() for p in model.parameters())
-    print(f"{'all':>12} {n:>12,} parameters (the head is the token embedding)")
+    opt, n = adamw(model, 1e-4), sum(p.numel() for p in model.parameters())
+    for name in ("wte", "wpe", "attn", "mlp", "ln_"):
+        print(f"{name:>6} {sum(p.numel() for k, p in model.named_parameters() if name in k):>12,}")
+    print(f"{'all':>6} {n:>12,} parameters (the head is wte)")
+    compiled(model, c.compile)
     ids = torch.randint(0, c.vocab_size, (c.rows, T), device=dev)
-    mask = (torch.arange(T, device=dev) >= c.prompt).expand(c.rows, T)
-    if c.compile:
-        model.hidden = torch.compile(model.hidden, dynamic=True)
+    mask = (torch.arange(T, device=dev) >= P).expand(c.rows, T)
+    prompts = ids[:1, :P].expand(c.sample_rows, -1)
 
-    def clock(work):
-        """Median seconds of work()."""
-        times = []
-        for _ in range(c.repeats + 2):
-            if dev.type == "cuda":
-                torch.cuda.synchronize()
+    def step(loss):
+        with autocast(dev, c.dtype):
+            value = loss()
+        value.backward()
+        update(model, opt, 1e-4)
+
+    def plain():     # what one would write first: logits at every position, most of them ignored
+        target = torch.where(mask, ids, -100)[:, 1:].flatten()
+        return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1).float(), target)
+
+    def needed():
+        return -response_logprobs(model, ids, mask).sum() / mask.sum()
+
+    def sample():
+        with autocast(dev, c.dtype):
+            model.generate(prompts, torch.full((c.sample_rows,), P, device=dev), T - P, -1, 0,
+                           temperature=1.0)
+    where = torch.cuda.get_device_name() if dev.type == "cuda" else \
+        f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}, {c.dtype}; medians of 10, taken in turn")
+    kinds = {f"train, {c.rows} x {T}, all logits": (lambda: step(plain), c.rows * T),
+             f"train, {c.rows} x {T}, logits where needed": (lambda: step(needed), c.rows * T),
+             f"sample, {c.sample_rows} rows": (sample, c.sample_rows * (T - P))}
+    times = {k: [] for k in kinds}
+    for _ in range(12):
+        for k, (work, _) in kinds.items():
             start = time.perf_counter()
             work()
             if dev.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return sorted(times[2:])[c.repeats // 2]
-
-    def plain():    # the loop one would write first: logits everywhere, a loss that ignores some
-        target = torch.where(mask, ids, -100)[:, 1:].flatten()
-        with autocast(dev, c.dtype):
-            loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1).float(), target)
-        loss.backward()
-        update(model, opt, 1e-4)
-
-    def ours():
-        with autocast(dev, c.dtype):
-            loss = -response_logprobs(model, ids, mask).sum() / mask.sum()
-        loss.backward()
-        update(model, opt, 1e-4)
-
-    def sample():
-        with autocast(dev, c.dtype):
-            model.generate(prompts, lengths, c.response, -1, 0, temperature=1.0)
-    prompts = ids[:1, :c.prompt].expand(c.sample_rows, -1)
-    lengths = torch.full((c.sample_rows,), c.prompt, device=dev)
-    a, b, s = clock(plain), clock(ours), clock(sample)
-    where = torch.cuda.get_device_name() if dev.type == "cuda" else \
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}, {c.dtype}, {c.rows} x {T} tokens a step")
-    print(f"    training, logits everywhere   {1e3 * a:9.1f} ms a step {c.rows * T / a:12,.0f} tokens/s")
-    print(f"    training, logits where needed {1e3 * b:9.1f} ms a step {c.rows * T / b:12,.0f} tokens/s")
-    print(f"    sampling, {c.sample_rows:4d} rows together  {1e3 * s:9.1f} ms        "
-          f"{c.sample_rows * c.response / s:12,.0f} tokens/s")
+            times[k].append(time.perf_counter() - start)
+    for k, (_, tokens) in kinds.items():
+        t = sorted(times[k][2:])[5]
+        # 6 n + 12 L C T FLOPs a token (PaLM, appendix B), against the H100's and H200's 989 TFLOP/s
+        mfu = tokens * (6 * n + 12 * c.n_layer * c.n_embd * T) / t / 989e12
+        print(f"{k:>36} {1e3 * t:9.1f} ms {tokens / t:12,.0f} tokens/s" +
+              (f"  MFU {mfu:.1%}" if "train" in k and ("H100" in where or "H200" in where) else ""))
     if dev.type == "cuda":
-        peak = next((v for k, v in PEAK_BF16.items() if k in where), None)
-        flops = c.rows * T * (6 * n + 12 * c.n_layer * c.n_embd * T)    # PaLM, appendix B
-        print(f"    peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" +
-              (f", MFU {flops / b / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else ""))
+        print(f"{'peak memory':>36} {torch.cuda.max_memory_allocated() / 2**20:9.0f} MiB")
     else:
         import resource    # not on Windows
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"    peak memory {rss / 2**(30 if sys.platform == 'darwin' else 20):.2f} GiB")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss    # KiB; on a Mac bytes
+        print(f"{'peak memory':>36} {peak / 2**(20 if sys.platform == 'darwin' else 10):9.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from model import (BadInput, adamw, arg, autocast, generator, load_checkpoint, p
                    response_logprobs, run_main, save_checkpoint, trim, update)
 
 
-# --------------------------------------------------------------- the mathematics, ready to be pasted
+# -------------------------------------------------------------- the mathematics, ready to be pasted
 def clipped_surrogate(logp, old_logp, adv, eps_low, eps_high):
     """Per-token PPO objective, to be maximised. logp, old_logp (B, T), adv broadcasts, -> (B, T).
 
@@ -46,9 +46,9 @@ def group_advantage(rewards, scale="std"):
 def masked_mean(x, mask, how="token", budget=1):
     """Scalar mean of x (B, T) over mask (B, T). An all-False mask gives 0, not NaN.
 
-    token: every token of the batch weighs the same (DAPO, PSFT). sequence: the mean over rows of each
-    row's own mean (GRPO, paper 1's code). constant: sum / (B * budget), budget the longest response
-    allowed (Dr. GRPO)."""
+    token: every token of the batch weighs the same (DAPO, PSFT). sequence: the mean over rows of
+    each row's own mean (GRPO, paper 1's code). constant: sum / (B * budget), budget the longest
+    response allowed (Dr. GRPO)."""
     x = torch.where(mask, x, 0.0)    # where, not *: NaN * 0 is NaN
     if how == "token":
         return x.sum() / mask.sum().clamp(min=1)
@@ -60,7 +60,7 @@ def masked_mean(x, mask, how="token", budget=1):
 def kl_exact(logits, ref_logits):
     """KL(pi || ref) per position over the whole vocabulary: (..., V), (..., V) -> (...), nats."""
     logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
-    # KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v))
+    # KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v))          SFT-KL of PSFT, 2508.17784
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
@@ -74,7 +74,8 @@ def kl_k3(logp, ref_logp):
 
 def micro_batches(mask, how, n):
     """Cut a batch into n runs of rows. Yields (rows, share) such that the sum over the runs of
-    share * masked_mean(x[rows], mask[rows], how) is masked_mean(x, mask, how), and so its gradient."""
+    share * masked_mean(x[rows], mask[rows], how) is masked_mean(x, mask, how), and so its
+    gradient."""
     for rows in torch.arange(len(mask), device=mask.device).chunk(n):
         share = mask[rows].sum() / mask.sum().clamp(min=1) if how == "token" else \
             len(rows) / len(mask)
@@ -84,7 +85,7 @@ def micro_batches(mask, how, n):
 # --------------------------------------------------------------------------------------------- GRPO
 @dataclass
 class RLConfig:
-    rl_steps: int = arg(40, "GRPO steps", above=0)
+    rl_steps: int = arg(20, "GRPO steps", above=0)
     rl_lr: float = arg(1e-4, "GRPO learning rate, after 5 warm-up steps", above=0)
     rl_prompts: int = arg(32, "prompts a GRPO step (P)", above=0)
     rl_group: int = arg(8, "responses a prompt (G)", above=1)
@@ -99,7 +100,7 @@ class RLConfig:
     aggregate: str = arg("token", "mean of the per-token losses, see masked_mean",
                          choices=("token", "sequence", "constant"))
     grad_accum: int = arg(1, "micro-batches an update, for memory; same gradient", above=0)
-    eval_n: int = arg(500, "held-out problems under each of the two rules; a quarter as many "
+    eval_n: int = arg(400, "held-out problems under each of the two rules; a quarter as many "
                       "random rules and prior abilities", above=15)
     seed: int = arg(0, "random seed", above=-1)
     device: str = arg("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
@@ -158,7 +159,8 @@ def grpo_step(model, opt, c, step, seed, ref=None):
 
 
 def grpo(model, c, seed, path=None, save_every=20, state=None, tick=lambda **_: None):
-    """Run GRPO on `model` in place, c.rl_steps steps. -> statistics averaged over the last 20 steps.
+    """Run GRPO on `model` in place, c.rl_steps steps. -> statistics averaged over the last 10
+    steps.
 
     path: where to keep a resumable checkpoint; state: what load_checkpoint returned for it."""
     opt = adamw(model, c.rl_lr)
@@ -177,7 +179,7 @@ def grpo(model, c, seed, path=None, save_every=20, state=None, tick=lambda **_: 
         if path and (step + 1) % save_every == 0:
             save_checkpoint(path, model, optimizer=opt.state_dict(), step=step + 1, log=log,
                             **(dict(ref=ref.state_dict()) if ref else {}))
-    recent = log[-20:]
+    recent = log[-10:]
     keys = ("reward", "rollout_truncated", "zero_spread", "clip_frac")
     return {k: sum(s.get(k, 0.0) for s in recent) / len(recent) for k in keys}
 

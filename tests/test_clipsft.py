@@ -251,7 +251,7 @@ def test_method_settings():
     assert settings_of("sft", Config(old_every=1))[0] == "sft"
     assert clipsft.eval_steps(30) == [2, 4, 6, 8, 12, 16, 20, 30]
     assert clipsft.eval_steps(7) == [2, 4, 6, 7]
-    assert clipsft.eval_steps(2000) == [100, 150, 200, 500, 1000, 1500, 2000]
+    assert clipsft.eval_steps(2000) == [100, 150, 200, 500, 1000, 2000]
 
 
 BAD = [

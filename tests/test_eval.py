@@ -182,7 +182,7 @@ def test_likelihood_metrics_against_a_uniform_model(tiny):
     row = ev.evaluate(uniform, Ctx, tiny)
     assert row["entropy"] == pytest.approx(math.log(124), abs=1e-3)
     assert row["nll"] == pytest.approx(math.log(124), abs=1e-3)
-    ids, mask = data.demonstrations(256, "held out", "eval")
+    ids, mask = data.demonstrations(128, "held out", "eval")
     total, n = 0.0, 0
     with torch.no_grad():
         p = tiny(ids).double().softmax(-1)
@@ -220,7 +220,7 @@ def test_summary_averages_over_seeds():
             row(step=10, ood=0.4), row(step=10, ood=0.6, seed=1),
             row(stage="rl", init_step=10, step=80, ood=0.9),
             row(stage="rl", init_step=10, step=80, ood=0.7, seed=1)]
-    lines = dict(ev.summary(rows, [10]))
+    lines = dict(ev.summary(rows))
     assert lines["base"]["id"] == pytest.approx(0.2)
     assert lines["sft, step 10"]["ood"] == pytest.approx(0.5)
     assert lines["sft, step 10, then RL"]["ood"] == pytest.approx(0.8)
@@ -235,3 +235,85 @@ def test_a_torn_last_line_is_left_out(tmp_path, capsys):
 def test_reports_of_nothing_are_refused(tmp_path):
     with pytest.raises(BadInput, match="config.json"):
         ev.read_config(tmp_path)
+
+
+# ---- claims
+def study(n=3):
+    """A made-up study of n seeds, in which every effect is known."""
+    rows, measured = [], {}
+    for s in range(n):
+        j = 0.01 * s       # seeds differ, pairs do not
+        for m, lift in (("sft", 0.0), ("clip", 0.1), ("dft", 0.1 + 0.2 * (s - 1))):
+            for step, i, o in ((4, 0.5, 0.4), (8, 0.85, 0.8), (12, 0.9, 0.7), (100, 0.95, 0.5),
+                               (200, 0.8, 0.3)):
+                o = o + lift * (step > 4) + j
+                rows.append(row(seed=s, method=m, step=step, id=i, ood=o, ood_a=o, ood_b=o,
+                                answer_ood=0.9, prior=1 - step / 400 + lift,
+                                logp_bins=[-3.0 - lift] + [-1.0] * 9))
+            for start in (4, 8, 100, 200) if m != "dft" else ():
+                rows.append(row(seed=s, method=m, stage="rl", init_step=start, step=20, id=1.0,
+                                ood=0.6 + lift + j, ood_a=0.6 + lift + j, ood_b=0.6 + lift + j))
+        g = [dict(tokens=10, full=10.0, logit=1.0), dict(tokens=90, full=1.0, logit=0.1)]
+        measured[s] = dict(gradients=g, spectrum=[0.02, 3.0], spectrum_null=[0.08, 3.0 + j],
+                           angles=[1.0, 0.0, 2.0, 3.0], norms=[1.0, 0.0, 3.0, 2.0],
+                           restore=dict(late=[0.8, 0.3], directions=[0.6, 0.5], values=[0.8, 0.3],
+                                        straight=[0.8, 0.6]),
+                           drift=dict(sft=[[1, 1]] * 4, clip=[[0.5, 2]] * 4),
+                           interpolation=[[0.99, 0.9]])
+    return {c["id"]: c for c in ev.claims(rows, measured, [4, 8, 100, 200])}
+
+
+def test_claims_on_a_study_whose_effects_are_known():
+    c = study()
+
+    def effect(id):
+        return c[id]["effect"], c[id]["verdict"]
+    near = pytest.approx
+    assert effect("C1a") == (near(1.0), "holds")                      # log10(10 / 1)
+    assert effect("C1b") == (near(100 / 190 - 0.5), "holds")
+    # the frontier: .1 higher wherever step > 4 matters: on all of [0, .95]
+    assert effect("C3") == (near(0.095), "holds")
+    assert effect("C3 ID 0.9") == (near(0.1), "holds") and effect("C4 end") == (near(0.1), "holds")
+    assert effect("C5") == (near(0.1), "holds") and c["C5"]["control_effect"] == near(0)
+    assert effect("C6") == (near(0), "holds")                         # equal: within the margin
+    assert effect("C8a") == (near(0.5), "holds") and c["C8a"]["control_effect"] == near(0)
+    assert effect("C8b") == (near(0.1), "holds")                      # .85 at the peak, .95 later
+    assert effect("C9") == (near((0.1 + 0.3) / 2), "holds")           # from steps 100 and 200
+    assert effect("C10") == (near(0.2), "holds")                      # .8 against .6
+    assert effect("C11") == (near(0.1 - (0.2 - 0.2) / 2), "holds")    # step 100: .1; ends: .2, -.2
+    assert effect("C12a") == (near(0.1), "holds") and effect("C12c") == (near(0.1), "holds")
+    assert effect("C13a") == (near(0.06), "holds")
+    assert effect("C13b") == (near(-0.01), "no difference")
+    assert effect("C13c") == (near(1.0), "holds")                     # angles rise with OOD lost
+    assert c["C13c"]["control_effect"] == near(-1.0)                  # distances fall
+    assert effect("C13d") == (near(0.2), "holds") and effect("C13e") == (near(-0.1), "opposite")
+    assert effect("C14a") == (near(0.5), "holds") and effect("C14b") == (near(-1), "opposite")
+    assert effect("B dft")[1] == "no difference"                      # its lift is .1 on average
+    assert effect("B mix")[1] == "opposite"
+    assert "C2" not in c and "C7" not in c                            # no such runs in this folder
+    assert all(x["n"] == 3 for x in c.values())
+
+
+def test_frontier_area_by_hand():
+    # best OOD with id >= x: .8 up to .5, .6 up to .9, nothing beyond
+    assert ev.frontier_area([(0.5, 0.8), (0.9, 0.6), (0.4, 0.1)]) == pytest.approx(0.4 + 0.24)
+    assert ev.frontier_area([(1.0, 1.0)]) == 1.0
+
+
+def test_spearman_by_hand():
+    assert ev.spearman([1, 2, 3], [10, 20, 30]) == 1 and ev.spearman([1, 2, 3], [3, 2, 1]) == -1
+    assert ev.spearman([1, 2, 3], [1, 3, 2]) == 0.5
+
+
+@pytest.mark.parametrize("text,marked", [
+    ("13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 34", None),
+    ("13 + 11 = 24 , 24 + 7 = 32 , 32 + 3 = 35 # 35",
+     "13 + 11 = 24 , [24 + 7 = 32] , 32 + 3 = 35 # 35"),
+    ("13 + 13 = 26 , 26 + 3 = 29 , 29 + 5 = 34 # 34",
+     "[13 + 13 = 26] , 26 + 3 = 29 , 29 + 5 = 34 # 34"),
+    ("so 13 + 11 = 24 , 20 + 7 = 27 # 27", "so 13 + 11 = 24 , [20 + 7 = 27] # 27"),
+    ("13 + 11 = 24 , 24 + 7 = 31 # 31", "13 + 11 = 24 , 24 + 7 = 31 # [31]"),
+    ("7 20 23 35", "[7 20 23 35]"), ("7 20 23 34", None)])
+def test_the_first_wrong_step_is_marked(text, marked):
+    p = data.Problem("S", (11, 12, 13), ("7", "K", "3", "J"))
+    assert ev.mark(p, text) == (marked or text)
