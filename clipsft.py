@@ -134,7 +134,7 @@ class Config(RLConfig):
 
 
 STUDY = ["sft", "clip", "sft:steps=2000", "clip:steps=2000", "mask_low", "mask_random", "mask_high",
-         "sft:lr=1e-4", "dft", "ratio", "rest_random"]
+         "sft:lr=1e-4", "clip:lr=1e-4", "dft", "ratio", "rest_random"]
 STUDY_RL = [4, 8, 16, 30, 60, 100, 150, 200]
 PRESETS = {
     "cpu": {},
@@ -452,14 +452,13 @@ def run_jobs(jobs, workers, total, metrics):
                     raise BadInput("a worker process died; --resume goes on from there")
 
 
-def collect(c):
-    """All finished rows of a run, in grid order."""
-    cells = Path(c.out_dir) / "cells"
-    rows = []
-    for seed in range(c.seed, c.seed + c.seeds):
+def collect(out):
+    """All finished rows of a run folder, in grid order."""
+    cells, config, rows = Path(out) / "cells", ev.read_config(out), []
+    for seed in range(config["seed"], config["seed"] + config["seeds"]):
         tags = [slug(f"s{seed}", "base")]
-        for spec in c.methods:
-            tags += [slug(f"s{seed}", spec)] + [slug(f"s{seed}", spec, s, "rl") for s in c.rl_from]
+        for m in config["methods"]:
+            tags += [slug(f"s{seed}", m)] + [slug(f"s{seed}", m, s, "rl") for s in config["rl_from"]]
         for tag in tags:
             if (cells / f"{tag}.json").exists():
                 rows += json.loads((cells / f"{tag}.json").read_text(encoding="utf-8"))
@@ -470,7 +469,7 @@ def prepare(argv):
     """Command line -> config, checked whole; run folder made or, with --resume, compared."""
     c = parse(Config, argv, __doc__, PRESETS)
     study = c.seeds > 1
-    c.methods = list(dict.fromkeys(c.methods or (STUDY if study else ["sft", "clip"])))
+    c.methods = list(dict.fromkeys(c.methods or (STUDY if study else ["sft", "clip"])))    # once each
     c.rl_from = sorted(set(c.rl_from or (STUDY_RL if study else [100, 200])))
     for spec in c.methods:
         settings_of(spec, c)
@@ -496,6 +495,9 @@ def prepare(argv):
         if differ:
             raise BadInput(f"--resume: {out} was started with another " + ", ".join(
                 f"--{k} ({old.get(k)}, now {config[k]})" for k in differ))
+        # A resumed run may be given further methods or seeds: it then computes those alone.
+        config["methods"] = list(dict.fromkeys(old["methods"] + c.methods))
+        config["seeds"] = max(old["seeds"], c.seeds)
         atomic_write(out / "config.json", json.dumps(old | config, indent=1).encode())
         return c
     if c.resume:
@@ -535,7 +537,7 @@ def main(argv=None):
     torch.set_num_threads(1)    # one thread a process: as fast at this size, and never contended
     try:
         with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics:
-            for row in collect(c):
+            for row in collect(out):
                 metrics.write(json.dumps(row) + "\n")
             print(ev.line())
             bases = [(pretrain, c, s) for s in seeds]
@@ -552,7 +554,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(130)
-    atomic_write(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in collect(c)).encode())
+    atomic_write(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in collect(out)).encode())
     ev.report(out)
 
 

@@ -15,8 +15,10 @@ import torch
 
 import clipsft
 import data
+import rl
 from clipsft import Config, clip_loss, dft_loss, finetune, settings_of, sft_loss
-from model import BadInput, load_checkpoint, response_logprobs, save_checkpoint
+from model import BadInput, load_checkpoint, response_logprobs, run_main
+from model import main as model_main
 
 ROOT = Path(clipsft.__file__).parent
 SMALL = Config(steps=6, eval_n=16, demos=12, batch_size=4, old_every=3)
@@ -294,6 +296,9 @@ def test_run_folders_are_guarded(tmp_path):
     clipsft.prepare([*args, "--resume"])
     with pytest.raises(BadInput, match="--lr"):
         clipsft.prepare([*args, "--resume", "--lr", "0.1"])
+    clipsft.prepare([*args, "--resume", "--methods", "dft", "--seeds", "2", "--rl_from", "8"])
+    config = json.loads((out / "config.json").read_text())
+    assert config["methods"] == ["sft", "clip", "dft"] and config["seeds"] == 2
     (out / "config.json").write_text("{torn")
     with pytest.raises(BadInput, match="config.json"):
         clipsft.prepare([*args, "--resume"])
@@ -315,11 +320,12 @@ def test_help_explains_every_flag(capsys):
 
 
 # ---- the whole thing, as a user runs it
-SMOKE = [sys.executable, "clipsft.py", "--preset", "smoke", "--workers", "1"]
+SMOKE = ["--preset", "smoke", "--workers", "1", "--out_dir"]
 
 
-def run(*args, **kw):
-    return subprocess.run([*SMOKE, *args], cwd=ROOT, capture_output=True, text=True, timeout=120, **kw)
+def start(*args, **kw):
+    return subprocess.Popen([sys.executable, "clipsft.py", *args], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
 
 def files(out):
@@ -329,87 +335,102 @@ def files(out):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "a"
-    done = run("--out_dir", str(out))
-    assert done.returncode == 0, done.stderr
-    return out, done
+    clipsft.main([*SMOKE, str(out)])
+    return out
 
 
-def test_smoke_run_writes_what_it_promises(finished):
-    out, done = finished
-    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+def test_smoke_run_writes_what_it_promises(finished, capsys):
+    rows = [json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(r["method"], r["stage"], r["step"]) for r in rows] == [("base", "base", 0)] + [
         x for m in ("sft", "clip") for x in
         [(m, "sft", s) for s in (2, 4, 6, 8)] + [(m, "rl", 2)]]
     assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
-    assert {"python", "torch"} <= set(json.loads((out / "config.json").read_text())["versions"])
-    for name in ("s0-sft-8", "s0-sft-8-rl", "s0-clip-8", "s0-clip-8-rl"):
-        load_checkpoint(out / "ckpt" / f"{name}.pt")
-    for label in ("base", "sft, step 8", "clip, step 8, then RL"):
-        assert label in done.stdout
+    config = json.loads((finished / "config.json").read_text())
+    assert {"python", "torch"} <= set(config["versions"]) and config["lr"] == 3e-4
+    for name in ("s0-base", "s0-sft-8", "s0-sft-8-rl", "s0-clip-8", "s0-clip-8-rl"):
+        load_checkpoint(finished / "ckpt" / f"{name}.pt")
+    clipsft.ev.main([str(finished)])
+    text = capsys.readouterr().out
+    assert all(x in text for x in ("base ", "sft, step 8 ", "clip, step 8, then RL"))
+    clipsft.ev.main([str(finished), "--show", "2"])
+    text = capsys.readouterr().out
+    assert text.count("values") == 2 and text.count("s0-clip-8-rl") == 2
 
 
 def test_kill_and_resume_gives_the_same_bytes(finished, tmp_path):
-    """kill -9 at random moments until it is through; every attempt goes on from the last one."""
-    rng, args, kills = random.Random(0), ["--out_dir", str(tmp_path / "b")], 0
-    for _ in range(3):
-        p = subprocess.Popen([*SMOKE, *args], cwd=ROOT, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL)
-        try:
-            p.wait(timeout=rng.uniform(1.5, 4.5))
-        except subprocess.TimeoutExpired:
-            p.send_signal(signal.SIGKILL)
-            p.wait()
-            kills += 1
-        if (tmp_path / "b" / "config.json").exists() and args[-1] != "--resume":
-            args.append("--resume")
-    done = run(*args)
-    assert done.returncode == 0, done.stderr
-    assert kills and files(tmp_path / "b") == files(finished[0])
+    """kill -9 at random moments, then --resume: the same metrics, in another process, with workers."""
+    rng, out, kills = random.Random(time.time_ns()), tmp_path / "b", 0
+    args = ["--preset", "smoke", "--workers", "2", "--out_dir", str(out)]
+    for _ in range(2):
+        p = start(*args)
+        while not (out / "metrics.jsonl").exists() and p.poll() is None:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 4))
+        kills += p.poll() is None
+        p.send_signal(signal.SIGKILL)
+        p.communicate()
+        args = [*args[:6], "--resume"]
+    p = start(*args)
+    err = p.communicate(timeout=100)[1]
+    assert p.returncode == 0, err
+    assert kills and files(out) == files(finished)
 
 
-def test_a_finished_run_is_not_computed_again(finished):
-    out, _ = finished
-    before = files(out)
-    stamp = (out / "cells" / "s0-sft.json").stat().st_mtime_ns
-    assert run("--out_dir", str(out), "--resume").returncode == 0
-    assert files(out) == before and (out / "cells" / "s0-sft.json").stat().st_mtime_ns == stamp
-    again = run("--out_dir", str(out))
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "Traceback" not in again.stderr
+def test_a_finished_run_is_not_computed_again_nor_overwritten(finished, monkeypatch, capsys):
+    before, stamp = files(finished), (finished / "cells" / "s0-sft.json").stat().st_mtime_ns
+    monkeypatch.setattr(clipsft, "finetune", lambda *a: pytest.fail("computed again"))
+    clipsft.main([*SMOKE, str(finished), "--resume"])
+    assert files(finished) == before
+    monkeypatch.setattr(sys, "argv", ["clipsft.py", *SMOKE, str(finished)])
+    with pytest.raises(SystemExit) as e:
+        run_main(clipsft.main)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.endswith("--out_dir\n") and "Traceback" not in err
+    assert (finished / "cells" / "s0-sft.json").stat().st_mtime_ns == stamp
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    p = subprocess.Popen([sys.executable, "clipsft.py", "--preset", "smoke", "--base_steps", "100000",
-                          "--workers", "2", "--seeds", "2", "--out_dir", str(tmp_path / "c")],
-                         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(100):
-        time.sleep(0.1)
-        if (tmp_path / "c" / "metrics.jsonl").exists():
-            break
+    out = tmp_path / "c"
+    p = start("--preset", "smoke", "--base_steps", "100000", "--workers", "2", "--seeds", "2",
+              "--out_dir", str(out))
+    while not (out / "metrics.jsonl").exists() and p.poll() is None:
+        time.sleep(0.05)
     time.sleep(1)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=30)
     assert p.returncode == 130 and "--resume" in err and "Traceback" not in err
 
 
-def test_rl_from_a_checkpoint(finished, tmp_path):
-    init = str(finished[0] / "ckpt" / "s0-sft-8.pt")
-    line = [sys.executable, "rl.py", "--rl_steps", "1", "--rl_prompts", "2", "--eval_n", "16",
-            "--out", str(tmp_path / "x.pt"), "--init"]
-    done = subprocess.run([*line, init], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "GRPO" in done.stdout, done.stderr
+def test_seeds_whose_base_cannot_add_are_left_out(finished, capsys):
+    c = Config(out_dir=str(finished), min_base=0.5)
+    with pytest.raises(BadInput, match="no base can add"):
+        clipsft.able(c)
+    assert "seed 0 is left out" in capsys.readouterr().out
+    assert clipsft.able(Config(out_dir=str(finished), min_base=0.0)) == [0]
+
+
+def test_rl_from_a_checkpoint(finished, tmp_path, capsys):
+    init = str(finished / "ckpt" / "s0-sft-8.pt")
+    line = ["--rl_steps", "1", "--rl_prompts", "2", "--eval_n", "16", "--out",
+            str(tmp_path / "x.pt"), "--init"]
+    rl.main([*line, init])
+    assert "after 1 GRPO steps" in capsys.readouterr().out
     load_checkpoint(tmp_path / "x.pt")
-    for bad, word in ((init, "exists"), (str(tmp_path / "none"), "cannot read")):
-        line[-2] = str(tmp_path / ("x.pt" if word == "exists" else "y.pt"))
-        done = subprocess.run([*line, bad], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(BadInput, match="exists"):
+        rl.main([*line, init])
+    line[-2] = str(tmp_path / "y.pt")
+    with pytest.raises(BadInput, match="cannot read"):
+        rl.main([*line, str(tmp_path / "none")])
+    with pytest.raises(BadInput, match="required"):
+        rl.main([])
 
 
-def test_data_prints_its_problems():
-    done = subprocess.run([sys.executable, "data.py"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "<eos>" in done.stdout and "mask" in done.stdout
+def test_data_prints_its_problems(capsys):
+    data.main()
+    text = capsys.readouterr().out
+    assert "<eos>" in text and text.count("mask") == 7
 
 
-def test_save_checkpoint_needs_no_folder_guess(tiny, tmp_path):
-    with pytest.raises(BadInput, match="cannot write"):
-        save_checkpoint(tmp_path / "no" / "x.pt", tiny)
-    assert data.EOS != data.PAD
+def test_model_prints_its_speed(capsys):
+    model_main(["--rows", "2", "--sample_rows", "2", "--n_embd", "8"])
+    assert "tokens/s" in capsys.readouterr().out
