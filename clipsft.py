@@ -127,7 +127,7 @@ class Config(RLConfig):
     base_docs: int = arg(60000, "different pre-training documents", above=0)
     min_base: float = arg(0.9, "seeds whose base adds up fewer random-rule hands are left out",
                           above=-1e-9, below=1)
-    compile: bool = arg(False, "torch.compile the training forward pass")
+    compile: bool = arg(False, "torch.compile the forward pass of pre-training and SFT")
     workers: int = arg(0, "processes, one thread each; 0 is one a core, on CUDA one", above=-1)
     out_dir: str = arg("runs/main", "run folder; bases are cached in its parent folder")
     resume: bool = arg(False, "finish a stopped run")
@@ -145,6 +145,10 @@ PRESETS = {
 }
 
 
+PER_METHOD = ("steps", "lr", "batch_size", "demos", "p_word", "eps_low", "eps_high", "old_every",
+              "mask_p", "kl_weight", "grad_accum")
+
+
 def settings_of(spec, c):
     """'clip:eps_high=0.4,lr=1e-4' -> ('clip', c with these settings)."""
     name, _, extra = spec.partition(":")
@@ -153,8 +157,8 @@ def settings_of(spec, c):
     for item in filter(None, extra.split(",")):
         key, _, value = item.partition("=")
         kind = {f.name: f.type for f in dataclasses.fields(c)}.get(key)
-        if kind not in (int, float):
-            raise BadInput(f"--methods {spec}: {key!r} is not a numeric flag")
+        if key not in PER_METHOD:
+            raise BadInput(f"--methods {spec}: {key!r} is not one of {', '.join(PER_METHOD)}")
         try:
             c = dataclasses.replace(c, **{key: kind(value)})
         except ValueError:
@@ -178,8 +182,9 @@ def base_path(c, seed):
     """Where the base of this seed is cached: a name made of everything that its weights depend
     on."""
     keys = ("n_layer", "n_head", "n_embd", "base_steps", "base_lr", "base_batch", "base_docs",
-            "device", "dtype", "max_new")
-    source = [inspect.getsource(m) for m in (data, inspect.getmodule(GPT))]
+            "device", "dtype", "max_new", "grad_accum", "compile")
+    source = [inspect.getsource(x) for x in (data, inspect.getmodule(GPT), train_base,
+                                             micro_batches, masked_mean)]
     what = repr([getattr(c, k) for k in keys] + [seed] + source)
     return Path(c.out_dir).parent / f"base-{hashlib.sha256(what.encode()).hexdigest()[:12]}.pt"
 
@@ -256,7 +261,7 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
     dev = next(base.parameters()).device
     ids, mask = (t.to(dev) for t in data.demonstrations(c.demos, seed, p_word=c.p_word))
     N, m = len(ids), mask[:, 1:]
-    with torch.no_grad():
+    with torch.no_grad(), autocast(dev, c.dtype):    # scored as it will be trained
         base_logp = response_logprobs(base, ids, mask)                       # (N, T-1)
     bins = (base_logp.exp() * 10).long().clamp(max=9)
     n_bin = by_bin(m, bins, m)
@@ -278,7 +283,7 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
         # epoch tokens meet their own ratio again within one refresh (paper 1: 3 passes over the
         # same data).
         if step % c.old_every == 0 and name in NEED_OLD:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(dev, c.dtype):
                 old_logp = response_logprobs(model, ids, mask)
         epoch = torch.randperm(N, generator=generator("cpu", seed, "order", step // per_epoch))
         batch = epoch[step % per_epoch * c.batch_size:][:c.batch_size].to(dev)
@@ -305,13 +310,15 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
                                      f"{path}")
         losses.append(loss)
         tick(loss=loss)
-        if step + 1 in eval_steps(c.steps):
+        if step + 1 in {*eval_steps(c.steps), *starts_of(spec, c)}:
             with torch.no_grad(), autocast(dev, c.dtype):
                 logp = response_logprobs(model, ids, mask)
                 row = dict(seed=seed, method=spec, stage="sft", init_step=0, step=step + 1,
                            **ev.evaluate(model, c, base), loss=ev.mean(losses), clip_frac=0.0)
             if name in (*NEED_OLD, "frozen"):
                 row["clip_frac"] = (clipped[0].sum() / clipped[1].sum()).item()
+            else:
+                clipped[0] = 0.0    # there is no old policy
             sums = by_bin(logp, bins, m)
             row |= dict(clip_bins=(clipped[0] / clipped[1].clamp(min=1)).tolist(), n_bin=n_bin,
                         logp_bins=[x / n if n else None for x, n in zip(sums, n_bin)])
@@ -450,6 +457,8 @@ def run_jobs(jobs, workers, total, metrics):
             except queue.Empty:
                 if any(p.exitcode for p in pool):
                     raise BadInput("a worker process died; --resume goes on from there")
+        for p in pool:
+            p.join()
 
 
 def collect(out):
@@ -476,6 +485,9 @@ def prepare(argv):
     for spec in c.rl_methods:
         if spec != "none" and spec.partition(":")[0] not in METHODS:
             raise BadInput(f"--rl_methods {spec}: choose from {', '.join(METHODS)} or none")
+    if min(c.rl_from) > c.steps:
+        raise BadInput(f"--rl_from {min(c.rl_from)}: SFT ends at --steps {c.steps}")
+    c.rl_from = [s for s in c.rl_from if s <= c.steps]
     if c.n_embd % c.n_head:
         raise BadInput(f"--n_embd {c.n_embd} is not a multiple of --n_head {c.n_head}")
     if c.base_batch > c.base_docs:
@@ -502,7 +514,7 @@ def prepare(argv):
         return c
     if c.resume:
         raise BadInput(f"--resume: {out} holds no run (no config.json)")
-    if out.exists() and any(out.iterdir()):
+    if out.is_file() or out.exists() and any(out.iterdir()):
         raise BadInput(f"--out_dir {out} is not empty and not a run of this program")
     try:
         (out / "ckpt").mkdir(parents=True)
@@ -548,7 +560,7 @@ def main(argv=None):
             steps = sum(settings_of(m, c)[1].steps + len(starts_of(m, c)) * c.rl_steps
                         for m in c.methods)
             run_jobs(cells, min(c.workers, len(cells)), steps * len(seeds), metrics)
-            if {"sft", "clip"} <= set(c.rl_methods) & set(c.methods) and len(c.rl_from) > 3:
+            if len(starts_of("sft", c)) > 3 and {"sft", "clip"} <= set(c.rl_methods) & set(c.methods):
                 run_jobs([(ev.measure, out, c, s) for s in seeds], min(c.workers, len(seeds)),
                          len(seeds), metrics)
     except KeyboardInterrupt:

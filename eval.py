@@ -195,7 +195,7 @@ def paired_ci(differences):
     if n < 2:
         return m, -math.inf, math.inf
     s = math.sqrt(sum((d - m) ** 2 for d in differences) / (n - 1))
-    half = (T_95[n - 2] if n - 2 < len(T_95) else 2.0) * s / math.sqrt(n)
+    half = T_95[min(n - 2, len(T_95) - 1)] * s / math.sqrt(n)    # beyond df 19 a little too wide
     return m, m - half, m + half
 
 
@@ -284,11 +284,9 @@ def measure(run, c, seed, report):
 
 
 def spearman(xs, ys):
-    """Rank correlation of two short lists without ties."""
-    def rank(v):
-        return {i: r for r, i in enumerate(sorted(range(len(v)), key=v.__getitem__))}
-    n, a, b = len(xs), rank(xs), rank(ys)
-    return 1 - 6 * sum((a[i] - b[i]) ** 2 for i in range(n)) / (n * (n * n - 1))
+    """Rank correlation of two short lists; ties share their mean rank."""
+    a, b = ([sum(y < x for y in v) + sum(y == x for y in v) / 2 for x in v] for v in (xs, ys))
+    return float(torch.corrcoef(torch.tensor([a, b]))[0, 1])
 
 
 def claims(rows, measured, rl_from):
@@ -303,7 +301,7 @@ def claims(rows, measured, rl_from):
         if r["stage"] == "rl":
             rl[r["method"], r["seed"], r["init_step"]] = r
     late, middle = [i for i in rl_from if i >= 100], [i for i in rl_from if 60 <= i <= 150]
-    long = {m.partition(":")[0]: m for m, _ in sft if "steps=" in m}
+    long = {m.partition(":")[0]: m for m, _ in sft if ":steps=" in m}
 
     # What a claim compares: each function takes a seed and gives a number, None if it has none
     # there.
@@ -338,8 +336,8 @@ def claims(rows, measured, rl_from):
         return math.log10(bins[0][key] / bins[-1][key])
 
     def share(s):
-        bins = [b for b in M[s]["gradients"] if b["tokens"]]
-        return bins[0]["tokens"] * bins[0]["full"] / sum(b["tokens"] * b["full"] for b in bins)
+        sums = [b["tokens"] * (b["full"] or 0) for b in M[s]["gradients"]]
+        return sums[0] / sum(sums)
 
     def learnt(m, bin):
         return lambda s: sft[m, s][12]["logp_bins"][bin]
@@ -348,8 +346,7 @@ def claims(rows, measured, rl_from):
         return max(run("sft", s), key=lambda r: r["ood_a"])[key] - run("sft", s)[-1][key]
 
     def rise(s):
-        best = peak(run("sft", s))
-        return max(r["id"] for r in run("sft", s) if r["step"] >= best["step"]) - best["id"]
+        return sft["sft", s][100]["id"] - peak(run("sft", s))["id"]
 
     def gain(m, starts, key="ood"):
         return lambda s: mean(rl[m, s, i][key] - sft[m, s][i][key] for i in starts)
@@ -400,19 +397,21 @@ def claims(rows, measured, rl_from):
         ("C6", "1, 3", "clip matches SFT in distribution", "best ID of the run, clip minus SFT, "
          "margin .02", minus(lambda s: max(r["id"] for r in run("clip", s)),
                       lambda s: max(r["id"] for r in run("sft", s)))),
-        ("C7", 3, "clip keeps entropy in prolonged training", "entropy at the end of 2000 updates",
-         lambda s: versus(last, long["clip"], long["sft"], "entropy")(s)),
+        ("C7", 3, "clip keeps entropy in prolonged training", "entropy after prolonged training",
+         lambda s: versus(last, long["clip"], long["sft"], "entropy")(s), "after 500",
+         lambda s: sft[long["clip"], s][500]["entropy"] - sft[long["sft"], s][500]["entropy"]),
         ("C8a", 2, "OOD peaks early in SFT, then falls", "peak, picked on half a, minus last step, "
          "both on b", lambda s: fall(s, "ood_b"),
-         "any format", lambda s: fall(s, "answer_ood")),
-        ("C8b", 2, "while ID rises", "best ID after the OOD peak minus ID there", rise),
+         "in any format", lambda s: fall(s, "answer_ood")),
+        ("C8b", 2, "while ID rises", "ID at step 100 minus ID at the OOD peak", rise),
         ("C9", 2, "RL on ID prompts restores OOD", f"after RL minus before, SFT steps {late}",
          gain("sft", late), "ID", gain("sft", late, "id")),
         ("C10", 2, "but not beyond the early peak", "peak minus best RL end", minus(
             lambda s: peak(run("sft", s))["ood"], best_end("sft", "ood_b"))),
-        ("C11", 2, "RL helps only from a range of checkpoints", f"gain from steps {middle} "
-         f"minus from {rl_from[:2]}", minus(gain("sft", middle), gain("sft", rl_from[:2])),
-         f"minus from {rl_from[-1:]}", minus(gain("sft", middle), gain("sft", rl_from[-1:]))),
+        ("C11a", 2, "RL helps less from too early a checkpoint", f"gain from steps {middle} minus "
+         f"from {rl_from[:2]}", minus(gain("sft", middle), gain("sft", rl_from[:2]))),
+        ("C11b", 2, "and less from too late a one", f"gain from steps {middle} minus from "
+         f"{rl_from[-1:]}", minus(gain("sft", middle), gain("sft", rl_from[-1:]))),
         ("C12a", "1, 3", "RL ends higher from clip", "OOD after RL from each method's best start",
          versus(best_end, "clip", "sft", "ood_b"), "ID", versus(best_end, "clip", "sft", "id")),
         ("C12b", "1, 3", "the same over all checkpoints", f"OOD after RL, mean over {rl_from}",
@@ -431,7 +430,7 @@ def claims(rows, measured, rl_from):
         ("C13d", 2, "restoring early vectors restores OOD", "OOD, late model with early vectors "
          "minus late model", restored("directions"), "early values only", restored("values")),
         ("C13e", 2, "more than a straight step back as long", "OOD, early vectors minus "
-         "interpolation of equal norm", minus(restored("directions"), restored("straight")),
+         "interpolation by the same norm (all the way at most)", minus(restored("directions"), restored("straight")),
          "interpolation's own gain", restored("straight")),
         *(("C14" + "ab"[kind], 1, "clip drifts less in latent space", f"{name} where ID first "
            "reaches .9, SFT minus clip", minus(*(matched(m, lambda s, i, n, m=m, k=kind:
@@ -458,7 +457,7 @@ def claims(rows, measured, rl_from):
     out = []
     for id, paper, text, metric, effect, *control in table:
         values = over_seeds(effect)
-        if not values:
+        if len(values) < 2:
             continue
         margin, (m, low, high) = 0.02 * (id == "C6"), paired_ci(values)
         out.append(dict(id=id, paper=paper, claim=text, metric=metric, effect=m, ci=[low, high],
@@ -498,7 +497,11 @@ def read_rows(run):
     """metrics.jsonl -> list of dicts. A torn last line, of a run killed while writing, is left
     out."""
     rows = []
-    for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    try:
+        text = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8")
+    except OSError as e:
+        raise BadInput(f"cannot read {run}/metrics.jsonl: {e.strerror}")
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -634,12 +637,13 @@ def plane_figure(plt, rows, path):
         ax.plot(x, y, ".-", color=color, label=m)
         for s, end_x, end_y in zip(*by_step(rows, m, "id", "rl"), by_step(rows, m, "ood", "rl")[1]):
             i = steps.index(s)
+            ax.plot(mean(end_x), mean(end_y), "^", color=color, alpha=0.6)
             ax.annotate("", (mean(end_x), mean(end_y)), (x[i], y[i]), arrowprops=dict(
-                arrowstyle="-|>", color=color, alpha=0.45, lw=1.2, shrinkA=2, shrinkB=0))
+                arrowstyle="-", color=color, alpha=0.45, lw=1.2, ls=":"))
             ax.annotate(s, (x[i], y[i]), textcoords="offset points", xytext=(4, 4), color=color,
                         size=9)
     ax.set(xlabel="ID accuracy", ylabel="OOD accuracy",
-           title="SFT updates along the lines, GRPO along the arrows")
+           title="SFT along the lines (numbers: updates), then GRPO (triangles)")
     ax.legend(frameon=False, loc="lower left")
     fig.tight_layout()
     fig.savefig(path, dpi=100)
@@ -668,14 +672,14 @@ def study_figure(plt, rows, measured, rl_from, path):
              ylabel="accuracy after minus before")
     drift.set(title="Latent drift from the base", xlabel="SFT updates", ylabel="distance",
               xscale="log")
-    for s, color in zip((12, 60, 200), COLORS[2:]):
+    for since, s, color in zip((8, 30, 150), (12, 60, 200), COLORS[2:]):
         bins = [r["clip_bins"] for r in rows if r["method"] == "clip" and r["stage"] == "sft"
                 and r["step"] == s]
         if bins:
             band(clip, [0.05 + 0.1 * i for i in range(10)], list(zip(*bins)), color,
-                 f"up to step {s}", marker=".")
+                 f"updates {since + 1} to {s}", marker=".")
     clip.set(title="Tokens clipped, by base probability", xlabel="base probability of the token",
-             ylabel="fraction clipped")
+             ylabel="fraction clipped", ylim=(-0.02, 1.02))
     band(spin, rl_from, [[measured[s]["angles"][i] for s in seeds] for i in range(len(rl_from))],
          COLORS[0], "sft, from its early checkpoint", marker=".")
     null = [measured[s]["spectrum_null"][1] for s in seeds]
@@ -687,7 +691,8 @@ def study_figure(plt, rows, measured, rl_from, path):
     for ax in (heal, clip, spin, drift):
         ax.legend(frameon=False, fontsize=9)
         if ax is not clip:
-            ax.set_xticks(rl_from, rl_from)
+            ticks = [a for a, b in zip(rl_from, rl_from[1:] + [1e9]) if b > 1.4 * a]
+            ax.set_xticks(ticks, ticks)
             ax.minorticks_off()
     fig.tight_layout()
     fig.savefig(path, dpi=100)
@@ -697,14 +702,15 @@ def study_figure(plt, rows, measured, rl_from, path):
 def entropy_figure(plt, rows, path):
     """Entropy over prolonged training."""
     fig, ax = plt.subplots(figsize=(7.5, 3.6))
-    for m in dict.fromkeys(r["method"] for r in rows if "steps=" in r["method"]):
+    for m in dict.fromkeys(r["method"] for r in rows if ":steps=" in r["method"]):
         short = m.partition(":")[0]
         steps, columns = by_step(rows, short, "entropy")
-        more = [(s, v) for s, v in zip(*by_step(rows, m, "entropy")) if s > steps[-1]]
+        more = [(s, v) for s, v in zip(*by_step(rows, m, "entropy")) if s > max(steps, default=0)]
         band(ax, steps + [s for s, _ in more], columns + [v for _, v in more],
              COLORS[short == "clip"], short, marker=".")
     ax.set(title="Entropy on own samples", xlabel="SFT updates (log scale)", ylabel="nats a token",
            xscale="log", ylim=(0, None))
+    ax.set_xticks([2, 10, 50, 200, 1000, 2000], [2, 10, 50, 200, 1000, 2000])
     ax.legend(frameon=False)
     fig.tight_layout()
     fig.savefig(path, dpi=100)
@@ -715,6 +721,8 @@ def report(run):
     """Tables, summary.json and figures of a run folder, and of a study the claims, from what the
     run left in metrics.jsonl and cells/."""
     run, rows, rl_from = Path(run), read_rows(run), read_config(run)["rl_from"]
+    if not any(r["stage"] == "sft" for r in rows):
+        raise BadInput(f"{run}: no fine-tuned checkpoint yet; finish it with --resume")
     lines = summary(rows)
     print("\n" + table(lines))
     atomic_write(run / "summary.json", json.dumps(dict(lines), indent=1).encode())
@@ -731,7 +739,7 @@ def report(run):
         if measured:
             plane_figure(plt, rows, run / "plane.png")
             study_figure(plt, rows, measured, rl_from, run / "study.png")
-        if any("steps=" in r["method"] for r in rows):
+        if any(":steps=" in r["method"] for r in rows):
             entropy_figure(plt, rows, run / "entropy.png")
         print("figures: " + ", ".join(str(p) for p in sorted(run.glob("*.png"))))
 

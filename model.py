@@ -203,11 +203,10 @@ def response_logprobs(model, ids, mask, temperature=1.0, max_elements=2**26):
     return torch.zeros(where.shape, device=ids.device).masked_scatter(where, out)
 
 
-def trim(ids, mask, *more, multiple=1):
-    """Drop the columns behind the longest row (rounded up to a multiple, so that a compiled model
-    meets few shapes). ids, mask (B, T); tensors in more are (B, T-1), like log-probabilities."""
+def trim(ids, mask, *more):
+    """Drop the columns behind the longest row. ids, mask (B, T); tensors in more are (B, T-1), like
+    log-probabilities."""
     T = int(mask.nonzero()[:, 1].max()) + 1
-    T = min(ids.shape[1], -(-T // multiple) * multiple)
     return ids[:, :T], mask[:, :T], *(x[:, :T - 1] for x in more)
 
 
@@ -296,7 +295,7 @@ def pick_device(name):
 
 
 def compiled(model, wanted):
-    """--compile: the training forward pass, compiled once for all shapes (decoding is not)."""
+    """--compile: the forward pass of pre-training and SFT, once for all shapes (not decoding)."""
     if wanted:
         model.hidden = torch.compile(model.hidden, dynamic=True)
 
@@ -377,17 +376,19 @@ class Bench:
     n_head: int = arg(2, "attention heads", above=0)
     n_embd: int = arg(64, "width", above=0)
     vocab_size: int = arg(124, "vocabulary", above=1)
-    block_size: int = arg(40, "tokens a row, a quarter of them prompt", above=3)
+    block_size: int = arg(40, "tokens a row, a quarter of them prompt", above=7)
     rows: int = arg(64, "rows a training step", above=0)
     sample_rows: int = arg(256, "rows decoded together", above=0)
     threads: int = arg(0, "CPU threads, 0 is all", above=-1)
-    device: str = arg("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = arg("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16"))
     compile: bool = arg(False, "torch.compile the training forward pass")
 
 
 def main(argv=None):
     c = parse(Bench, argv, __doc__)
+    if c.n_embd % c.n_head:
+        raise BadInput(f"--n_embd {c.n_embd} is not a multiple of --n_head {c.n_head}")
     dev, T, P = pick_device(c.device), c.block_size, c.block_size // 4
     torch.set_num_threads(c.threads or torch.get_num_threads())
     torch.manual_seed(0)

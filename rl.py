@@ -96,14 +96,14 @@ class RLConfig:
                          choices=("std", "none"))
     kl_coef: float = arg(0.0, "weight of the KL to the policy that RL starts from", above=-1e-9)
     temperature: float = arg(1.0, "of sampling and of scoring alike", above=0)
-    max_new: int = arg(28, "longest response in tokens", above=0)
+    max_new: int = arg(28, "longest response in tokens (a demonstration has up to 23)", above=22)
     aggregate: str = arg("token", "mean of the per-token losses, see masked_mean",
                          choices=("token", "sequence", "constant"))
     grad_accum: int = arg(1, "micro-batches an update, for memory; same gradient", above=0)
     eval_n: int = arg(400, "held-out problems under each of the two rules; a quarter as many "
                       "random rules and prior abilities", above=15)
     seed: int = arg(0, "random seed", above=-1)
-    device: str = arg("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = arg("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16"))
 
 
@@ -129,10 +129,11 @@ def grpo_step(model, opt, c, step, seed, ref=None):
     useful = rewards.amax(1) > rewards.amin(1)                               # (P,)
     stats = dict(reward=rewards.mean().item(), rollout_truncated=truncated,
                  zero_spread=1 - useful.float().mean().item())
-    if not useful.any():
+    if not useful.any() and not c.kl_coef:
         return stats                              # nothing to learn from: counted, not hidden
-    # Groups without spread have no gradient, so they are not even scored.
-    keep = useful.repeat_interleave(c.rl_group).to(dev)                      # (B,)
+    # Groups without spread have no policy gradient: they are not even scored, and the means below are
+    # over the rows that are left (DAPO's dynamic sampling). A KL term does act on them.
+    keep = (useful | (c.kl_coef > 0)).repeat_interleave(c.rl_group).to(dev)  # (B,)
     ids, mask = trim(ids[keep], mask[keep])
     adv = adv.flatten().to(dev)[keep][:, None]                               # (B, 1)
     with torch.no_grad():    # scored by the very forward pass that trains, at sampling temperature
@@ -194,10 +195,13 @@ def main(argv=None):
     c = parse(Main, argv, __doc__)
     if not c.init:
         raise BadInput("--init CKPT is required, e.g. runs/main/ckpt/s0-sft-100.pt")
-    if Path(c.out).exists():
-        raise BadInput(f"{c.out} exists: name another file with --out")
+    if Path(c.out).exists() or not Path(c.out).parent.is_dir():
+        raise BadInput(f"--out {c.out}: the file must not exist yet, its folder must")
     device = pick_device(c.device)
     model, _ = load_checkpoint(c.init, device)
+    if 10 + c.max_new > model.config.block_size:
+        raise BadInput(f"--max_new {c.max_new}: with a prompt of 10 tokens the block of {c.init} ends "
+                       f"at {model.config.block_size}")
     rows = [(Path(c.init).stem, evaluate(model, c) | dict(clip_frac=0.0))]
     with tqdm(total=c.rl_steps, desc="GRPO") as bar:
         def tick(**stats):

@@ -177,6 +177,12 @@ def test_same_data_order_for_all_methods_and_every_demonstration_once_an_epoch(t
     assert not torch.equal(*epochs)
 
 
+def test_checkpoints_that_rl_starts_from_are_evaluated(tiny):
+    c = dataclasses.replace(SMALL, rl_from=[3, 5])
+    assert [r["step"] for r in finetune(tiny, c, "sft", 0)[1]] == [2, 3, 4, 5, 6]
+    assert [r["step"] for r in finetune(tiny, c, "dft", 0)[1]] == [2, 4, 6]
+
+
 @pytest.mark.parametrize("how", ["token", "sequence", "constant"])
 def test_grad_accum_changes_nothing(tiny, monkeypatch, how):
     monkeypatch.setattr(clipsft.ev, "evaluate", lambda *a: {})
@@ -266,7 +272,8 @@ BAD = [
     "--rl_from 0", "--rl_from x", "--rl_methods nope", "--rl_group 1", "--rl_steps 0", "--p_word 1",
     "--p_word -0.1", "--temperature 0", "--aggregate median", "--adv_scale var", "--max_new 0",
     "--kl_coef -1", "--eval_n 1", "--grad_accum 0", "--workers -1", "--base_lr 0", "--base_docs 10",
-    "--mask_p 0", "--resume", "--resume --out_dir nowhere", "extra",
+    "--mask_p 0", "--max_new 10", "--methods sft:rl_steps=5", "--methods sft:n_embd=8",
+    "--device mps", "--rl_from 300", "--resume", "--resume --out_dir nowhere", "extra",
 ]
 
 
@@ -416,7 +423,7 @@ def test_rl_from_a_checkpoint(finished, tmp_path, capsys):
     rl.main([*line, init])
     assert "after 1 GRPO steps" in capsys.readouterr().out
     load_checkpoint(tmp_path / "x.pt")
-    with pytest.raises(BadInput, match="exists"):
+    with pytest.raises(BadInput, match="must not exist yet"):
         rl.main([*line, init])
     line[-2] = str(tmp_path / "y.pt")
     with pytest.raises(BadInput, match="cannot read"):

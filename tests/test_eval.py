@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import random
+import sys
 
 import pytest
 import torch
@@ -226,6 +227,11 @@ def test_summary_averages_over_seeds():
     assert lines["sft, step 10, then RL"]["ood"] == pytest.approx(0.8)
 
 
+def test_without_matplotlib_there_is_a_hint_and_no_figure(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert ev.plotting() is None and "pip install matplotlib" in capsys.readouterr().out
+
+
 def test_a_torn_last_line_is_left_out(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row()) + "\n" + json.dumps(row())[:30])
     assert len(ev.read_rows(tmp_path)) == 1
@@ -280,7 +286,8 @@ def test_claims_on_a_study_whose_effects_are_known():
     assert effect("C8b") == (near(0.1), "holds")                      # .85 at the peak, .95 later
     assert effect("C9") == (near((0.1 + 0.3) / 2), "holds")           # from steps 100 and 200
     assert effect("C10") == (near(0.2), "holds")                      # .8 against .6
-    assert effect("C11") == (near(0.1 - (0.2 - 0.2) / 2), "holds")    # step 100: .1; ends: .2, -.2
+    assert effect("C11a") == (near(0.1 - (0.2 - 0.2) / 2), "holds")   # step 100: .1; early: .2, -.2
+    assert effect("C11b") == (near(0.1 - 0.3), "opposite")            # step 200: .3
     assert effect("C12a") == (near(0.1), "holds") and effect("C12c") == (near(0.1), "holds")
     assert effect("C13a") == (near(0.06), "holds")
     assert effect("C13b") == (near(-0.01), "no difference")
@@ -301,8 +308,11 @@ def test_frontier_area_by_hand():
 
 
 def test_spearman_by_hand():
-    assert ev.spearman([1, 2, 3], [10, 20, 30]) == 1 and ev.spearman([1, 2, 3], [3, 2, 1]) == -1
-    assert ev.spearman([1, 2, 3], [1, 3, 2]) == 0.5
+    assert ev.spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert ev.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert ev.spearman([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
+    # ties share a rank: ranks 0, 1.5, 1.5, 3 against 0, 1, 2, 3: 4.5 / sqrt(4.5 * 5)
+    assert ev.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / 22.5 ** 0.5)
 
 
 @pytest.mark.parametrize("text,marked", [
