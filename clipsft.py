@@ -467,7 +467,8 @@ def collect(out):
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
         tags = [slug(f"s{seed}", "base")]
         for m in config["methods"]:
-            tags += [slug(f"s{seed}", m)] + [slug(f"s{seed}", m, s, "rl") for s in config["rl_from"]]
+            tags.append(slug(f"s{seed}", m))
+            tags += [slug(f"s{seed}", m, s, "rl") for s in config["rl_from"]]
         for tag in tags:
             if (cells / f"{tag}.json").exists():
                 rows += json.loads((cells / f"{tag}.json").read_text(encoding="utf-8"))
@@ -478,7 +479,7 @@ def prepare(argv):
     """Command line -> config, checked whole; run folder made or, with --resume, compared."""
     c = parse(Config, argv, __doc__, PRESETS)
     study = c.seeds > 1
-    c.methods = list(dict.fromkeys(c.methods or (STUDY if study else ["sft", "clip"])))    # once each
+    c.methods = list(dict.fromkeys(c.methods or (STUDY if study else ["sft", "clip"])))
     c.rl_from = sorted(set(c.rl_from or (STUDY_RL if study else [100, 200])))
     for spec in c.methods:
         settings_of(spec, c)
@@ -528,16 +529,16 @@ def prepare(argv):
 
 
 def able(c):
-    """Seeds of the run whose base can add. The others have nothing to forget: they are left out before
-    any method has seen them, and named."""
+    """Seeds of the run whose base can add. The others have nothing to forget: they are left out
+    before any method has seen them, and named."""
     out = []
     for seed in range(c.seed, c.seed + c.seeds):
         row = json.loads((Path(c.out_dir) / "cells" / f"s{seed}-base.json").read_text())[0]
         if row["answer_random"] >= c.min_base:
             out.append(seed)
         else:
-            print(f"seed {seed} is left out: its base adds up only {row['answer_random']:.1%} of the "
-                  f"random-rule hands (--min_base {c.min_base})")
+            print(f"seed {seed} is left out: its base adds up only {row['answer_random']:.1%} of "
+                  f"the random-rule hands (--min_base {c.min_base})")
     if not out:
         raise BadInput("no base can add: raise --base_steps, or try another --seed")
     return out
@@ -560,13 +561,15 @@ def main(argv=None):
             steps = sum(settings_of(m, c)[1].steps + len(starts_of(m, c)) * c.rl_steps
                         for m in c.methods)
             run_jobs(cells, min(c.workers, len(cells)), steps * len(seeds), metrics)
-            if len(starts_of("sft", c)) > 3 and {"sft", "clip"} <= set(c.rl_methods) & set(c.methods):
+            healed = set(c.rl_methods) & set(c.methods)
+            if {"sft", "clip"} <= healed and len(c.rl_from) > 3:
                 run_jobs([(ev.measure, out, c, s) for s in seeds], min(c.workers, len(seeds)),
                          len(seeds), metrics)
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(130)
-    atomic_write(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in collect(out)).encode())
+    lines = "".join(json.dumps(row) + "\n" for row in collect(out))
+    atomic_write(out / "metrics.jsonl", lines.encode())
     ev.report(out)
 
 

@@ -430,7 +430,8 @@ def claims(rows, measured, rl_from):
         ("C13d", 2, "restoring early vectors restores OOD", "OOD, late model with early vectors "
          "minus late model", restored("directions"), "early values only", restored("values")),
         ("C13e", 2, "more than a straight step back as long", "OOD, early vectors minus "
-         "interpolation by the same norm (all the way at most)", minus(restored("directions"), restored("straight")),
+         "interpolation by the same norm (all the way at most)",
+         minus(restored("directions"), restored("straight")),
          "interpolation's own gain", restored("straight")),
         *(("C14" + "ab"[kind], 1, "clip drifts less in latent space", f"{name} where ID first "
            "reaches .9, SFT minus clip", minus(*(matched(m, lambda s, i, n, m=m, k=kind:

@@ -131,8 +131,8 @@ def grpo_step(model, opt, c, step, seed, ref=None):
                  zero_spread=1 - useful.float().mean().item())
     if not useful.any() and not c.kl_coef:
         return stats                              # nothing to learn from: counted, not hidden
-    # Groups without spread have no policy gradient: they are not even scored, and the means below are
-    # over the rows that are left (DAPO's dynamic sampling). A KL term does act on them.
+    # Groups without spread have no policy gradient: they are not even scored, and the means below
+    # are over the rows that are left (DAPO's dynamic sampling). A KL term does act on them.
     keep = (useful | (c.kl_coef > 0)).repeat_interleave(c.rl_group).to(dev)  # (B,)
     ids, mask = trim(ids[keep], mask[keep])
     adv = adv.flatten().to(dev)[keep][:, None]                               # (B, 1)
@@ -200,8 +200,8 @@ def main(argv=None):
     device = pick_device(c.device)
     model, _ = load_checkpoint(c.init, device)
     if 10 + c.max_new > model.config.block_size:
-        raise BadInput(f"--max_new {c.max_new}: with a prompt of 10 tokens the block of {c.init} ends "
-                       f"at {model.config.block_size}")
+        raise BadInput(f"--max_new {c.max_new}: with a prompt of 10 tokens the block of {c.init} "
+                       f"ends at {model.config.block_size}")
     rows = [(Path(c.init).stem, evaluate(model, c) | dict(clip_frac=0.0))]
     with tqdm(total=c.rl_steps, desc="GRPO") as bar:
         def tick(**stats):
