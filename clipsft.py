@@ -194,7 +194,9 @@ def pretrain(c, seed, report):
     cached, device, out = base_path(c, seed), torch.device(c.device), Path(c.out_dir)
     here, done = out / "ckpt" / f"s{seed}-base.pt", out / "cells" / f"s{seed}-base.json"
     if not here.exists():
-        if not cached.exists():
+        if cached.exists():
+            report(skipped=c.base_steps)
+        else:
             train_base(c, seed, cached, device, report)
         atomic_write(here, cached.read_bytes())
     if not done.exists():
@@ -436,7 +438,8 @@ def run_jobs(jobs, workers, total, metrics):
                 bar.set_postfix_str(f"{message['cell']}{stats}", refresh=False)
                 bar.update()
 
-        if workers == 1:
+        workers = min(workers, len(jobs))
+        if workers <= 1:
             for function, *args in jobs:
                 function(*args, lambda **message: show(message))
             return
@@ -553,18 +556,17 @@ def main(argv=None):
             for row in collect(out):
                 metrics.write(json.dumps(row) + "\n")
             print(ev.line())
-            bases = [(pretrain, c, s) for s in seeds]
-            missing = sum(not base_path(c, s).exists() for s in seeds)
-            run_jobs(bases, min(c.workers, c.seeds), missing * c.base_steps, metrics)
+            bases = [(pretrain, c, s) for s in seeds
+                     if not (out / "cells" / f"s{s}-base.json").exists()]
+            run_jobs(bases, c.workers, len(bases) * c.base_steps, metrics)
             seeds = able(c)
             cells = [(run_cell, c, m, s) for s in seeds for m in c.methods]
             steps = sum(settings_of(m, c)[1].steps + len(starts_of(m, c)) * c.rl_steps
                         for m in c.methods)
-            run_jobs(cells, min(c.workers, len(cells)), steps * len(seeds), metrics)
+            run_jobs(cells, c.workers, steps * len(seeds), metrics)
             healed = set(c.rl_methods) & set(c.methods)
             if {"sft", "clip"} <= healed and len(c.rl_from) > 3:
-                run_jobs([(ev.measure, out, c, s) for s in seeds], min(c.workers, len(seeds)),
-                         len(seeds), metrics)
+                run_jobs([(ev.measure, out, c, s) for s in seeds], c.workers, len(seeds), metrics)
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on from here", file=sys.stderr)
         sys.exit(130)

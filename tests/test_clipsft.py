@@ -372,7 +372,7 @@ def test_kill_and_resume_gives_the_same_bytes(finished, tmp_path):
         p = start(*args)
         while not (out / "metrics.jsonl").exists() and p.poll() is None:
             time.sleep(0.05)
-        time.sleep(rng.uniform(0, 4))
+        time.sleep(rng.uniform(0, 3))
         kills += p.poll() is None
         p.send_signal(signal.SIGKILL)
         p.communicate()
