@@ -229,7 +229,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("method", ["sft", "clip", "mask_random", "rest_random"])
 def test_finetune_resumes_bitwise(tiny, tmp_path, method):
-    c = dataclasses.replace(SMALL, steps=8, old_every=5)
+    c = dataclasses.replace(SMALL, steps=8, old_every=3, lr=3e-3)
     whole, rows = finetune(tiny, c, method, 0)
     count = []
 
