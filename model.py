@@ -10,6 +10,7 @@ import io
 import math
 import os
 import platform
+import random
 import sys
 import time
 import zlib
@@ -39,18 +40,20 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(c.n_embd, c.n_embd)
 
     def forward(self, x, cache=None, slots=None, seen=None):
-        """x (B, T, C). With a cache (2, B, H, S, D), keys and values are also written to its slots;
-        a single token (T = 1) then attends to the slots where `seen` (B, 1, 1, S) is 0, not
-        -inf."""
+        """x (B, T, C) -> (B, T, C). With a cache, keys and values are also kept. Prefill, T > 1: in
+        the first T slots of a cache (2, B, n, H, S, D), for n rows that share the prompt. Decode,
+        T = 1: in the given slots of a cache (2, B, H, S, D), and x attends to all of them where
+        `seen` (B, 1, 1, S) is 0, not -inf."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            cache[0][slots], cache[1][slots] = k.squeeze(2), v.squeeze(2)
-        if cache is None or T > 1:
+        if cache is None or slots is None:
+            if cache is not None:
+                cache[0][..., :T, :], cache[1][..., :T, :] = k[:, None], v[:, None]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, H, T, D)
         else:    # one query a row: two plain products beat the fused kernel
+            cache[0][slots], cache[1][slots] = k.squeeze(2), v.squeeze(2)
             k, v = cache
-            score = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])            # (B, H, 1, S)
+            score = q / math.sqrt(q.shape[3]) @ k.transpose(2, 3)            # (B, H, 1, S)
             y = (score if seen is None else score + seen).softmax(-1) @ v
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -106,7 +109,6 @@ class GPT(nn.Module):
         """ids (B, T) -> logits (B, T, V)."""
         return self.lm_head(self.hidden(ids))
 
-    @torch.no_grad()
     def generate(self, prompts, lengths, max_new, eos, pad, n=1, temperature=0.0, generator=None):
         """Continue every prompt n times until EOS or max_new tokens, all B = n * len(prompts) rows
         at once; the n rows of a prompt are neighbours and share its prefill.
@@ -123,48 +125,48 @@ class GPT(nn.Module):
             raise ValueError(f"prompt {P} + response {max_new} exceed block_size {c.block_size}")
         wte, wpe, blocks = self.transformer.wte, self.transformer.wpe, self.transformer.h
         ragged = bool((lengths < P).any())
-        x = wte(prompts) + wpe.weight[:P]
-        auto = torch.is_autocast_enabled(dev.type)
-        half = torch.get_autocast_dtype(dev.type) if auto else x.dtype
+        rows = len(prompts) * n
         # Zeros, not empty: a masked slot still enters a product, and 0 * NaN is NaN.
-        cache = torch.zeros(c.n_layer, 2, len(x), c.n_head, S, c.n_embd // c.n_head, dtype=half,
-                            device=dev)
-        for block, kv in zip(blocks, cache):                                 # prefill
-            x = block(x, kv, (slice(None), slice(None), slice(P)))
-        x = x[torch.arange(len(x), device=dev), lengths - 1]                 # (B/n, C), prompt ends
-        x, lengths = x.repeat_interleave(n, 0), lengths.repeat_interleave(n)
-        cache = cache.repeat_interleave(n, 2)
-        ids = torch.full((len(x), S), pad, device=dev)
+        auto = torch.is_autocast_enabled(dev.type)
+        cache = torch.zeros(c.n_layer, 2, rows, c.n_head, S, c.n_embd // c.n_head, device=dev,
+                            dtype=torch.get_autocast_dtype(dev.type) if auto else wte.weight.dtype)
+        ids = torch.full((rows, S), pad, device=dev)
         ids[:, :P] = prompts.repeat_interleave(n, 0)
-        row, pos = torch.arange(len(x), device=dev), lengths                 # rows still decoding
-        done = torch.zeros(len(x), dtype=torch.bool, device=dev)
-        for t in range(max_new):
-            logits = self.lm_head(self.transformer.ln_f(x)).float()          # (rows, V)
-            if temperature > 0:    # the first token whose cumulative probability exceeds u
-                cdf = (logits / temperature).softmax(-1).cumsum(-1)
-                u = torch.rand(len(row), 1, device=dev, generator=generator) * cdf[:, -1:]
-                token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=c.vocab_size - 1)
-            else:
-                token = logits.argmax(-1)
-            ids[row, pos] = token
-            done = done | (token == eos)
-            if t % 4 == 3 and (kept := (~done).sum().item()) < 0.8 * len(row):
-                if not kept:
-                    break                          # a look waits for the device: look rarely,
-                live = ~done                       # and drop the rows that have finished
-                row, pos, token, done = row[live], pos[live], token[live], done[live]
-                cache = cache[:, :, live]
-            k = P + t + 1                                                    # slots in use
-            if ragged:
-                seen = torch.where(torch.arange(k, device=dev) <= pos[:, None], 0, -math.inf)
-                seen = seen[:, None, None].to(half)                          # (rows, 1, 1, k)
-                slots = (torch.arange(len(row), device=dev), slice(None), pos)
-            else:
-                seen, slots = None, (slice(None), slice(None), k - 1)
-            x = (wte(token) + wpe(pos))[:, None]                             # (rows, 1, C)
+        with torch.inference_mode():    # less overhead an operation than no_grad
+            x = wte(prompts) + wpe.weight[:P]                                # prefill
             for block, kv in zip(blocks, cache):
-                x = block(x, kv[:, :, :, :k], slots, seen)
-            x, pos = x[:, 0], pos + 1
+                x = block(x, kv.unflatten(1, (-1, n)))
+            x = x[torch.arange(len(x), device=dev), lengths - 1].repeat_interleave(n, 0)  # (B, C)
+            lengths = lengths.repeat_interleave(n)
+            row, pos = torch.arange(rows, device=dev), lengths               # rows still decoding
+            done = torch.zeros(rows, dtype=torch.bool, device=dev)
+            for t in range(max_new):
+                logits = self.lm_head(self.transformer.ln_f(x)).float()      # (rows, V)
+                if temperature > 0:    # the first token whose cumulative probability exceeds u
+                    cdf = (logits / temperature).softmax(-1).cumsum(-1)
+                    u = torch.rand(len(row), 1, device=dev, generator=generator) * cdf[:, -1:]
+                    token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=c.vocab_size - 1)
+                else:
+                    token = logits.argmax(-1)
+                ids[row, pos] = token
+                done = done | (token == eos)
+                if t % 4 == 3 and (kept := (~done).sum().item()) < 0.8 * len(row):
+                    if not kept:
+                        break                          # a look waits for the device: look rarely,
+                    live = ~done                       # and drop the rows that have finished
+                    row, pos, token, done = row[live], pos[live], token[live], done[live]
+                    cache = cache[:, :, live]
+                k = P + t + 1                                                # slots in use
+                if ragged:
+                    seen = torch.where(torch.arange(k, device=dev) <= pos[:, None], 0, -math.inf)
+                    seen = seen[:, None, None].to(cache.dtype)               # (rows, 1, 1, k)
+                    slots = (torch.arange(len(row), device=dev), slice(None), pos)
+                else:
+                    seen, slots = None, (slice(None), slice(None), k - 1)
+                x = (wte(token) + wpe(pos))[:, None]                         # (rows, 1, C)
+                for block, kv in zip(blocks, cache):
+                    x = block(x, kv[:, :, :, :k], slots, seen)
+                x, pos = x[:, 0], pos + 1
         # A row went on until it was dropped: what lies behind its first EOS does not count.
         t = torch.arange(S, device=dev)
         mask = (t >= lengths[:, None]) & (t < lengths[:, None] + max_new)
@@ -378,7 +380,7 @@ class Bench:
     vocab_size: int = arg(124, "vocabulary", above=1)
     block_size: int = arg(40, "tokens a row, a quarter of them prompt", above=7)
     rows: int = arg(64, "rows a training step", above=0)
-    sample_rows: int = arg(256, "rows decoded together", above=0)
+    sample_rows: int = arg(256, "rows decoded together, 8 a prompt", above=7)
     threads: int = arg(0, "CPU threads, 0 is all", above=-1)
     device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = arg("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16"))
@@ -398,33 +400,59 @@ def main(argv=None):
         print(f"{name:>6} {sum(p.numel() for k, p in model.named_parameters() if name in k):>12,}")
     print(f"{'all':>6} {n:>12,} parameters (the head is wte)")
     compiled(model, c.compile)
-    ids = torch.randint(0, c.vocab_size, (c.rows, T), device=dev)
-    mask = (torch.arange(T, device=dev) >= P).expand(c.rows, T)
-    prompts = ids[:1, :P].expand(c.sample_rows, -1)
+    if (c.vocab_size, T) == (124, 40):    # documents of the main job's pre-training
+        import data                       # here alone: the model does not depend on the task
+        rng = random.Random(0)
+        docs = [data.base_document(rng) for _ in range(c.rows)]
+        ids, mask = (t.to(dev) for t in data.batch([(p.prompt, r) for p, r in docs]))
+        ids, mask = F.pad(ids, (0, T - ids.shape[1]), value=data.PAD), \
+            F.pad(mask, (0, T - mask.shape[1]))
+    else:                                 # full rows, a quarter of each prompt
+        ids = torch.randint(0, c.vocab_size, (c.rows, T), device=dev)
+        mask = (torch.arange(T, device=dev) >= P).repeat(c.rows, 1)
+    prompts = ids[:1, :P].repeat(c.sample_rows // 8, 1)    # 8 responses each, as in GRPO
+    lengths = torch.full((len(prompts),), P, device=dev)
+    last = (mask * torch.arange(1, T + 1, device=dev)).amax(1)    # (rows,), padding begins here
+    tokens = int(last.sum())
 
-    def step(loss):
+    def plain():     # what one would write first: padded rows, logits at every position
         with autocast(dev, c.dtype):
-            value = loss()
-        value.backward()
+            target = torch.where(mask, ids, -100)[:, 1:].flatten()
+            loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1).float(), target)
+        loss.backward()
         update(model, opt, 1e-4)
 
-    def plain():     # what one would write first: logits at every position, most of them ignored
-        target = torch.where(mask, ids, -100)[:, 1:].flatten()
-        return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1).float(), target)
-
-    def needed():
-        return -response_logprobs(model, ids, mask).sum() / mask.sum()
+    def ours():      # as clipsft.py pre-trains: short rows together, no padding behind them
+        for rows in last.argsort().chunk(2):
+            x, m = trim(ids[rows], mask[rows])
+            with autocast(dev, c.dtype):
+                loss = -response_logprobs(model, x, m).sum() / mask.sum()
+            loss.backward()
+        update(model, opt, 1e-4)
 
     def sample():
         with autocast(dev, c.dtype):
-            model.generate(prompts, torch.full((c.sample_rows,), P, device=dev), T - P, -1, 0,
-                           temperature=1.0)
+            model.generate(prompts, lengths, T - P, -1, 0, n=8, temperature=1.0)
     where = torch.cuda.get_device_name() if dev.type == "cuda" else \
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}, {c.dtype}; medians of 10, taken in turn")
-    kinds = {f"train, {c.rows} x {T}, all logits": (lambda: step(plain), c.rows * T),
-             f"train, {c.rows} x {T}, logits where needed": (lambda: step(needed), c.rows * T),
-             f"sample, {c.sample_rows} rows": (sample, c.sample_rows * (T - P))}
+    print(f"{where}, torch {torch.__version__}, {c.dtype}; medians of 10, taken in "
+          "turn; tokens without padding")
+    kinds = {f"train, {c.rows} x {T}, padded, all logits": (plain, tokens),
+             f"train, {c.rows} x {T}, as clipsft.py does": (ours, tokens),
+             f"sample, {c.sample_rows} x {T - P}": (sample, c.sample_rows * (T - P))}
+    try:             # for comparison, where it is installed: the same shape in another library
+        from transformers import GPT2Config, GPT2LMHeadModel
+        hf = GPT2LMHeadModel(GPT2Config(
+            vocab_size=c.vocab_size, n_positions=T, n_embd=c.n_embd, n_layer=c.n_layer,
+            n_head=c.n_head, bos_token_id=None, eos_token_id=None)).to(dev).eval()
+
+        def theirs():
+            with autocast(dev, c.dtype):
+                hf.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True,
+                            top_k=0, max_new_tokens=T - P, num_return_sequences=8, pad_token_id=0)
+        kinds["the same with transformers"] = (theirs, c.sample_rows * (T - P))
+    except ImportError:
+        pass
     times = {k: [] for k in kinds}
     for _ in range(12):
         for k, (work, _) in kinds.items():

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -80,6 +81,7 @@ def test_losses_survive_extremes_and_match_float64(name, monkeypatch):
             noise=torch.rand(1, 5, generator=g), fresh=torch.full((1, 5), 0.9), rate=0.4,
             model=None, base=None)
     monkeypatch.setattr(clipsft, "kl_to_base", lambda b: torch.zeros(1, 5))
+    monkeypatch.setattr(clipsft, "rotation", lambda model, base: torch.tensor(0.0))
     grads = []
     for dtype in (torch.float32, torch.float64):
         g.manual_seed(0)
@@ -100,6 +102,20 @@ def test_mask_methods_mask_what_they_say():
     assert clipsft.METHODS["mask_low"](b, c).tolist() == [[0, 1, 1, 1]]
     assert clipsft.METHODS["mask_random"](b, c).tolist() == [[0, 1, 0, 1]]
     assert clipsft.METHODS["mask_high"](b, c).tolist() == [[1, 1, 1, 0]]
+
+
+def test_rotation_penalty_counts_moves_within_the_leading_directions_only(tiny):
+    base, moved = copy.deepcopy(tiny), copy.deepcopy(tiny)
+    assert clipsft.rotation(tiny, base) == 0
+    W0, W = base.transformer.h[0].attn.c_proj.weight, moved.transformer.h[0].attn.c_proj.weight
+    n = len(W0)
+    with torch.no_grad():
+        W0.copy_(torch.diag(torch.arange(n, 0.0, -1)))      # singular vectors: the axes
+        W.copy_(W0)
+        W[0, 1] += 0.3                                      # both leading
+        W[n - 1, n - 1] += 5.0                              # both trailing
+        W[0, n - 1] += 5.0                                  # one of each
+    assert clipsft.rotation(moved, base).item() == pytest.approx(0.09, abs=1e-5)
 
 
 # ---- the loop
@@ -179,8 +195,8 @@ def test_same_data_order_for_all_methods_and_every_demonstration_once_an_epoch(t
 
 def test_checkpoints_that_rl_starts_from_are_evaluated(tiny):
     c = dataclasses.replace(SMALL, rl_from=[3, 5])
-    assert [r["step"] for r in finetune(tiny, c, "sft", 0)[1]] == [2, 3, 4, 5, 6]
-    assert [r["step"] for r in finetune(tiny, c, "dft", 0)[1]] == [2, 4, 6]
+    assert [r["step"] for r in finetune(tiny, c, "sft", 0)[1]] == [3, 4, 5, 6]
+    assert [r["step"] for r in finetune(tiny, c, "dft", 0)[1]] == [4, 6]
 
 
 @pytest.mark.parametrize("how", ["token", "sequence", "constant"])
@@ -204,7 +220,7 @@ def test_kl_method_is_sft_plus_the_exact_kl(tiny, monkeypatch):
 
 def test_rows_say_what_happened(tiny):
     rows = finetune(tiny, dataclasses.replace(SMALL, lr=3e-3), "clip", 0)[1]
-    assert [r["step"] for r in rows] == [2, 4, 6]
+    assert [r["step"] for r in rows] == [4, 6]
     ids, mask = data.demonstrations(12, 0)
     with torch.no_grad():
         p = response_logprobs(tiny, ids, mask)[mask[:, 1:]].exp()
@@ -257,9 +273,9 @@ def test_method_settings():
     name, c = settings_of("clip:eps_high=0.4,old_every=24", Config())
     assert (name, c.eps_high, c.old_every, c.lr) == ("clip", 0.4, 24, 3e-4)
     assert settings_of("sft", Config(old_every=1))[0] == "sft"
-    assert clipsft.eval_steps(30) == [2, 4, 6, 8, 12, 16, 20, 30]
-    assert clipsft.eval_steps(7) == [2, 4, 6, 7]
-    assert clipsft.eval_steps(2000) == [100, 150, 200, 500, 1000, 2000]
+    assert clipsft.eval_steps(30) == [4, 8, 12, 16, 20, 30]
+    assert clipsft.eval_steps(7) == [4, 7]
+    assert clipsft.eval_steps(2000) == [100, 200, 300, 500, 1000, 2000]
 
 
 BAD = [
@@ -273,7 +289,7 @@ BAD = [
     "--p_word -0.1", "--temperature 0", "--aggregate median", "--adv_scale var", "--max_new 0",
     "--kl_coef -1", "--eval_n 1", "--grad_accum 0", "--workers -1", "--base_lr 0", "--base_docs 10",
     "--mask_p 0", "--max_new 10", "--methods sft:rl_steps=5", "--methods sft:n_embd=8",
-    "--device mps", "--rl_from 300", "--resume", "--resume --out_dir nowhere", "extra",
+    "--device mps", "--rl_from 301", "--resume", "--resume --out_dir nowhere", "extra",
 ]
 
 
@@ -350,7 +366,7 @@ def test_smoke_run_writes_what_it_promises(finished, capsys):
     rows = [json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(r["method"], r["stage"], r["step"]) for r in rows] == [("base", "base", 0)] + [
         x for m in ("sft", "clip") for x in
-        [(m, "sft", s) for s in (2, 4, 6, 8)] + [(m, "rl", 2)]]
+        [(m, "sft", s) for s in (4, 8)] + [(m, "rl", 2)]]
     assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
     config = json.loads((finished / "config.json").read_text())
     assert {"python", "torch"} <= set(config["versions"]) and config["lr"] == 3e-4
@@ -439,5 +455,5 @@ def test_data_prints_its_problems(capsys):
 
 
 def test_model_prints_its_speed(capsys):
-    model_main(["--rows", "2", "--sample_rows", "2", "--n_embd", "8"])
+    model_main(["--rows", "2", "--sample_rows", "8", "--n_embd", "8"])
     assert "tokens/s" in capsys.readouterr().out
