@@ -71,6 +71,19 @@ def kl_to_base(b):
     return torch.zeros_like(b.logp).masked_scatter(b.mask, kl)
 
 
+def rotation(model, base):
+    """How far the model has moved within the base's leading singular directions, half of them in
+    each block matrix: a scalar."""
+    total = 0.0
+    for W, W0 in zip(model.transformer.h.parameters(), base.transformer.h.parameters()):
+        if W.dim() == 2:
+            U, _, V = torch.linalg.svd(W0.detach(), full_matrices=False)
+            k = min(W0.shape) // 2
+            # sum over W of || U0_k^T (W - W0) V0_k ||_F^2                      RPSFT, 2605.10973
+            total = total + (U[:, :k].T @ (W - W0.detach()) @ V[:k].T).pow(2).sum()
+    return total
+
+
 # b holds, for the batch at hand, (B, T-1) tensors: logp; old_logp and base_logp, of the old policy
 # and of the base; mask; noise, uniform and fixed for each token of the set; fresh, uniform and new
 # at each step; also rate, the share of the set's tokens that the base gives less than mask_p, and
@@ -89,8 +102,9 @@ METHODS = {
     "mask_low": lambda b, c: sft_loss(b.logp) * (b.base_logp >= math.log(c.mask_p)),
     "mask_random": lambda b, c: sft_loss(b.logp) * (b.noise >= b.rate),
     "mask_high": lambda b, c: sft_loss(b.logp) * (b.base_logp <= b.high),
-    # A leash to the base (SFT-KL of 2508.17784).
+    # A leash to the base: in its predictions (SFT-KL of 2508.17784), in its singular directions.
     "kl": lambda b, c: sft_loss(b.logp) + c.kl_weight * kl_to_base(b),
+    "rpsft": lambda b, c: sft_loss(b.logp) + c.rot_weight * rotation(b.model, b.base),
 }
 NEED_OLD = ("clip", "ratio", "rest_random")    # "frozen" keeps the base as its old policy for ever
 
@@ -103,9 +117,9 @@ class Config(RLConfig):
                              "clip, with --seeds the study's whole list")
     seeds: int = arg(1, "how many seeds, from --seed on; each has its own base", above=0)
     rl_methods: list[str] = arg(["sft", "clip"], "those that GRPO starts from, or none")
-    rl_from: list[int] = arg([], "SFT steps that GRPO starts from; if none are given 100 200, with "
+    rl_from: list[int] = arg([], "SFT steps that GRPO starts from; if none are given 100 300, with "
                              "--seeds a grid of eight", above=0)
-    steps: int = arg(200, "SFT updates", above=0)
+    steps: int = arg(300, "SFT updates", above=0)
     lr: float = arg(3e-4, "SFT learning rate", above=0)
     batch_size: int = arg(16, "demonstrations an update", above=0)
     demos: int = arg(64, "demonstrations in all", above=0)
@@ -118,11 +132,12 @@ class Config(RLConfig):
     mask_p: float = arg(0.1, "mask_* methods: base probability under which a token is masked",
                         above=0, below=1)
     kl_weight: float = arg(0.5, "kl method: weight of KL(pi || base)", above=0)
+    rot_weight: float = arg(1.0, "rpsft method: weight of the rotation penalty", above=0)
     n_layer: int = arg(3, "layers", above=0)
     n_head: int = arg(2, "attention heads", above=0)
     n_embd: int = arg(64, "width", above=0)
-    base_steps: int = arg(1800, "pre-training updates", above=0)
-    base_lr: float = arg(5e-3, "pre-training peak learning rate", above=0)
+    base_steps: int = arg(2000, "pre-training updates", above=0)
+    base_lr: float = arg(4e-3, "pre-training peak learning rate", above=0)
     base_batch: int = arg(64, "documents a pre-training update", above=0)
     base_docs: int = arg(60000, "different pre-training documents", above=0)
     min_base: float = arg(0.9, "seeds whose base adds up fewer random-rule hands are left out",
@@ -133,9 +148,12 @@ class Config(RLConfig):
     resume: bool = arg(False, "finish a stopped run")
 
 
-STUDY = ["sft", "clip", "sft:steps=2000", "clip:steps=2000", "mask_low", "mask_random", "mask_high",
-         "sft:lr=1e-4", "clip:lr=1e-4", "dft", "ratio", "rest_random"]
-STUDY_RL = [4, 8, 16, 30, 60, 100, 150, 200]
+STUDY = ["sft", "clip", "sft:steps=2000", "clip:steps=2000", "sft:demos=256", "clip:demos=256",
+         "sft:lr=1e-4", "clip:lr=1e-4", "sft:lr=3e-5", "clip:lr=3e-5",
+         "clip:eps_high=0.1", "clip:eps_high=0.4", "clip:old_every=4", "clip:old_every=36",
+         "mask_low", "mask_random", "mask_high", "dft", "ratio", "rest_random", "frozen", "kl",
+         "rpsft"]
+STUDY_RL = [4, 8, 16, 30, 60, 100, 200, 300]
 PRESETS = {
     "cpu": {},
     "smoke": dict(n_layer=2, n_head=2, n_embd=32, base_steps=20, base_docs=400, steps=8,
@@ -146,7 +164,7 @@ PRESETS = {
 
 
 PER_METHOD = ("steps", "lr", "batch_size", "demos", "p_word", "eps_low", "eps_high", "old_every",
-              "mask_p", "kl_weight", "grad_accum")
+              "mask_p", "kl_weight", "rot_weight", "grad_accum")
 
 
 def settings_of(spec, c):
@@ -173,7 +191,7 @@ def settings_of(spec, c):
 def eval_steps(steps):
     """Dense while the OOD curve peaks, then ever sparser, and the last step; a prolonged run is
     only looked at from step 100 on."""
-    grid = [2, 4, 6, 8, 12, 16, 20, 30, 60, 100, 150, 200, 500, 1000]
+    grid = [4, 8, 12, 16, 20, 30, 60, 100, 200, 300, 500, 1000]
     return [s for s in grid if s < steps and (steps <= 500 or s >= 100)] + [steps]
 
 
@@ -483,7 +501,7 @@ def prepare(argv):
     c = parse(Config, argv, __doc__, PRESETS)
     study = c.seeds > 1
     c.methods = list(dict.fromkeys(c.methods or (STUDY if study else ["sft", "clip"])))
-    c.rl_from = sorted(set(c.rl_from or (STUDY_RL if study else [100, 200])))
+    c.rl_from = sorted(set(c.rl_from or (STUDY_RL if study else [100, 300])))
     for spec in c.methods:
         settings_of(spec, c)
     for spec in c.rl_methods:

@@ -106,15 +106,12 @@ def singular_value_shift(W0, W1):
     return (s1 - s0) / s0
 
 
-def restore_directions(W0, W1, k=None):
-    """W1 with its top-k singular vectors, both sides, replaced by those of W0 and its own singular
-    values kept; k None replaces all. With W0 and W1 swapped it restores the values alone."""
+def restore_directions(W0, W1):
+    """W1 with its singular vectors, both sides, replaced by those of W0 and its own singular values
+    kept, (m, n). With W0 and W1 swapped it restores the values alone."""
     U0, _, V0 = torch.linalg.svd(W0.double(), full_matrices=False)
-    U1, s1, V1 = torch.linalg.svd(W1.double(), full_matrices=False)
-    # W' = [U0_k | U1_rest] diag(S1) [V0_k | V1_rest]^T                      2509.12235, restoration
-    U, V = torch.cat([U0[:, :k], U1[:, U0[:, :k].shape[1]:]], 1), \
-        torch.cat([V0[:k], V1[V0[:k].shape[0]:]], 0)
-    return (U * s1 @ V).to(W1.dtype)
+    # W' = U_0 diag(S_1) V_0^T                                               2509.12235, restoration
+    return (U0 * torch.linalg.svdvals(W1.double()) @ V0).to(W1.dtype)
 
 
 def representation_drift(layers0, layers1):
@@ -284,9 +281,9 @@ def measure(run, c, seed, report):
 
 
 def spearman(xs, ys):
-    """Rank correlation of two short lists; ties share their mean rank."""
+    """Rank correlation of two short lists; ties share their mean rank; 0 if one does not vary."""
     a, b = ([sum(y < x for y in v) + sum(y == x for y in v) / 2 for x in v] for v in (xs, ys))
-    return float(torch.corrcoef(torch.tensor([a, b]))[0, 1])
+    return float(torch.corrcoef(torch.tensor([a, b]))[0, 1].nan_to_num())
 
 
 def claims(rows, measured, rl_from):
@@ -302,6 +299,7 @@ def claims(rows, measured, rl_from):
             rl[r["method"], r["seed"], r["init_step"]] = r
     late, middle = [i for i in rl_from if i >= 100], [i for i in rl_from if 60 <= i <= 150]
     long = {m.partition(":")[0]: m for m, _ in sft if ":steps=" in m}
+    more = ":demos=256"
 
     # What a claim compares: each function takes a seed and gives a number, None if it has none
     # there.
@@ -342,11 +340,11 @@ def claims(rows, measured, rl_from):
     def learnt(m, bin):
         return lambda s: sft[m, s][12]["logp_bins"][bin]
 
-    def fall(s, key):
-        return max(run("sft", s), key=lambda r: r["ood_a"])[key] - run("sft", s)[-1][key]
+    def fall(m, key="ood_b"):
+        return lambda s: max(run(m, s), key=lambda r: r["ood_a"])[key] - run(m, s)[-1][key]
 
-    def rise(s):
-        return sft["sft", s][100]["id"] - peak(run("sft", s))["id"]
+    def rise(m, step):
+        return lambda s: sft[m, s][step]["id"] - peak(run(m, s))["id"]
 
     def gain(m, starts, key="ood"):
         return lambda s: mean(rl[m, s, i][key] - sft[m, s][i][key] for i in starts)
@@ -361,6 +359,10 @@ def claims(rows, measured, rl_from):
         """of(i, start) at the first start of RL with ID accuracy >= .9."""
         return lambda s: next((of(s, i, n) for i, n in enumerate(rl_from)
                                if sft[m, s][n]["id"] >= 0.9), None)
+
+    def widens(key):    # over the starts of RL
+        return lambda s: spearman([sft["sft", s][i][key] for i in rl_from],
+                                  [gain("sft", [i])(s) for i in rl_from])
 
     def tracks(key):    # over the checkpoints behind the early one
         return lambda s: spearman(M[s][key][2:], [-sft["sft", s][i]["ood"] for i in rl_from[2:]])
@@ -381,12 +383,21 @@ def claims(rows, measured, rl_from):
          versus(area, "clip", "sft"), "r as a weight, no clip", versus(area, "ratio", "sft")),
         *((f"C3 ID {x}", "1, 3", "the same at matched ID", f"OOD where ID first reaches {x}",
            versus(at_id, "clip", "sft", x, "ood"), "random rules",
-           versus(at_id, "clip", "sft", x, "random")) for x in (0.85, 0.9, 0.95)),
+           versus(at_id, "clip", "sft", x, "random")) for x in (0.9, 0.95)),
+        ("C3 256", "1, 3", "the same with 256 demonstrations", "frontier, clip minus SFT",
+         versus(area, "clip" + more, "sft" + more), "OOD at the last step",
+         versus(last, "clip" + more, "sft" + more, "ood")),
+        *((f"C3 256 ID {x}", "1, 3", "the same at matched ID", f"OOD where ID first reaches {x}",
+           versus(at_id, "clip" + more, "sft" + more, x, "ood"), "prior abilities",
+           versus(at_id, "clip" + more, "sft" + more, x, "prior")) for x in (0.95, 0.98)),
         ("C3 tuned", "1, 3", "the same, each at its better learning rate", "frontier; the rate is "
          "picked on the other seeds", minus(tuned("clip"), tuned("sft")),
          "both at 1e-4", versus(area, "clip:lr=1e-4", "sft:lr=1e-4")),
         ("C3 end", "1, 3", "the same at the last step", "OOD, clip minus SFT",
          versus(last, "clip", "sft", "ood"), "ID", versus(last, "clip", "sft", "id")),
+        ("C3 forgets", "1, 3", "the same as forgetting", "OOD lost from its own peak to the last "
+         "step, SFT minus clip", versus(fall, "sft", "clip"), "as a share of SFT's",
+         lambda s: 1 - fall("clip")(s) / fall("sft")(s)),
         *((f"C4 ID {x}", "1, 3", "clip keeps prior abilities", f"prior where ID first reaches {x}",
            versus(at_id, "clip", "sft", x, "prior")) for x in (0.9, 0.95)),
         ("C4 end", "1, 3", "the same at the last step", "prior, clip minus SFT",
@@ -401,9 +412,11 @@ def claims(rows, measured, rl_from):
          lambda s: versus(last, long["clip"], long["sft"], "entropy")(s), "after 500",
          lambda s: sft[long["clip"], s][500]["entropy"] - sft[long["sft"], s][500]["entropy"]),
         ("C8a", 2, "OOD peaks early in SFT, then falls", "peak, picked on half a, minus last step, "
-         "both on b", lambda s: fall(s, "ood_b"),
-         "in any format", lambda s: fall(s, "answer_ood")),
-        ("C8b", 2, "while ID rises", "ID at step 100 minus ID at the OOD peak", rise),
+         "both on b", fall("sft"), "in any format", fall("sft", "answer_ood")),
+        ("C8b", 2, "while ID rises", "ID at step 100 minus ID at the OOD peak", rise("sft", 100),
+         "at the last step", rise("sft", max(rl_from))),
+        ("C8 256", 2, "the same with 256 demonstrations", "OOD at its peak minus last step",
+         fall("sft" + more), "ID's rise meanwhile", rise("sft" + more, max(rl_from))),
         ("C9", 2, "RL on ID prompts restores OOD", f"after RL minus before, SFT steps {late}",
          gain("sft", late), "ID", gain("sft", late, "id")),
         ("C10", 2, "but not beyond the early peak", "peak minus best RL end", minus(
@@ -412,6 +425,9 @@ def claims(rows, measured, rl_from):
          f"from {rl_from[:2]}", minus(gain("sft", middle), gain("sft", rl_from[:2]))),
         ("C11b", 2, "and less from too late a one", f"gain from steps {middle} minus from "
          f"{rl_from[-1:]}", minus(gain("sft", middle), gain("sft", rl_from[-1:]))),
+        ("C11c", 2, "where ID has headroom, RL heals", "rank correlation over starts: ID accuracy "
+         "before RL and OOD gained, sign turned", lambda s: -widens("id")(s),
+         "entropy and OOD gained", widens("entropy")),
         ("C12a", "1, 3", "RL ends higher from clip", "OOD after RL from each method's best start",
          versus(best_end, "clip", "sft", "ood_b"), "ID", versus(best_end, "clip", "sft", "id")),
         ("C12b", "1, 3", "the same over all checkpoints", f"OOD after RL, mean over {rl_from}",
@@ -440,7 +456,8 @@ def claims(rows, measured, rl_from):
           for kind, name in ((0, "PCA-centroid drift"), (1, "mean shift"))),
         *((f"B {m}", "", f"clip beats {m}", "frontier, clip minus it", versus(area, "clip", m))
           for m in dict.fromkeys(m for m, _ in sft)
-          if m not in ("sft", "clip", *long.values()) and not m.startswith("mask")),
+          if m not in ("sft", "clip") and not m.startswith("mask") and ":steps=" not in m
+          and more not in m),
         ("B mix", "", "clip beats base-SFT interpolation", "frontier, clip minus SFT with its "
          "interpolations", minus(area("clip"), lambda s: frontier_area(
              [(r["id"], r["ood"]) for r in run("sft", s)] + [tuple(p) for p in
@@ -673,7 +690,7 @@ def study_figure(plt, rows, measured, rl_from, path):
              ylabel="accuracy after minus before")
     drift.set(title="Latent drift from the base", xlabel="SFT updates", ylabel="distance",
               xscale="log")
-    for since, s, color in zip((8, 30, 150), (12, 60, 200), COLORS[2:]):
+    for since, s, color in zip((8, 30, 200), (12, 60, 300), COLORS[2:]):
         bins = [r["clip_bins"] for r in rows if r["method"] == "clip" and r["stage"] == "sft"
                 and r["step"] == s]
         if bins:

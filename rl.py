@@ -100,7 +100,7 @@ class RLConfig:
     aggregate: str = arg("token", "mean of the per-token losses, see masked_mean",
                          choices=("token", "sequence", "constant"))
     grad_accum: int = arg(1, "micro-batches an update, for memory; same gradient", above=0)
-    eval_n: int = arg(400, "held-out problems under each of the two rules; a quarter as many "
+    eval_n: int = arg(1000, "held-out problems under each of the two rules; a quarter as many "
                       "random rules and prior abilities", above=15)
     seed: int = arg(0, "random seed", above=-1)
     device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
