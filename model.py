@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, C channels, H heads, D = C / H, V vocabulary, N respon
 Run it for the parameter table and the measured speed of this machine.
 """
 import argparse
+import contextlib
 import hashlib
 import io
 import math
@@ -254,7 +255,8 @@ def atomic_write(path, data):
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as e:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):    # on a read-only disk not even that
+            tmp.unlink(missing_ok=True)
         raise BadInput(f"cannot write {path}: {e.strerror}")
 
 
@@ -363,7 +365,7 @@ def run_main(main):
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as e:
+    except (FloatingPointError, OSError) as e:    # a disk can fill up at any write
         print(f"stopped: {e}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,6 +301,21 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="No space left"):
         M.atomic_write(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
+    monkeypatch.setattr(Path, "unlink", lambda self, **_: full(0))    # now it cannot even clean up
+    with pytest.raises(BadInput, match="No space left"):
+        M.atomic_write(tmp_path / "f", b"new")
+
+
+@pytest.mark.parametrize("error, code, text", [
+    (BadInput("--lr 0"), 2, "error: --lr 0"), (OSError(30, "Read-only file system"), 1, "Read-only"),
+    (FloatingPointError("norm nan"), 1, "stopped: norm nan"), (KeyboardInterrupt(), 130, "interr")])
+def test_programs_end_in_one_line(error, code, text, capsys):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as e:
+        M.run_main(main)
+    err = capsys.readouterr().err
+    assert e.value.code == code and text in err and err.count("\n") == 1
 
 
 def test_overfits_one_batch():

@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -6,7 +8,7 @@ from torch.distributions import Categorical, kl_divergence
 
 import data
 import rl
-from model import response_logprobs
+from model import load_checkpoint, response_logprobs
 from rl import clipped_surrogate, group_advantage, kl_exact, kl_k3, masked_mean, micro_batches
 
 
@@ -105,7 +107,10 @@ def test_k3_is_unbiased_for_samples_of_pi_and_by_hand():
     assert (P * k3).sum().item() == pytest.approx(kl_exact(P.log(), Q.log()).item(), abs=1e-5)
     assert kl_k3(torch.tensor(0.0), torch.tensor(math.log(2.0))).item() == \
         pytest.approx(2 - 1 - math.log(2))
-    assert torch.isfinite(kl_k3(torch.tensor([-1e4, 0.0]), torch.tensor([0.0, -1e4]))).all()
+    far = kl_k3(torch.tensor([-1e4, 0.0]), torch.tensor([0.0, -1e4]))     # held within +-20
+    assert far.tolist() == pytest.approx([math.e ** 20 - 21, 19])
+    stacked = kl_exact(torch.stack([P, Q]).log()[None], torch.stack([Q, Q]).log()[None])
+    assert stacked.shape == (1, 2) and stacked[0, 1] == 0 < stacked[0, 0]  # one value a position
 
 
 # ---- GRPO
@@ -140,7 +145,6 @@ def test_rollout_uses_the_rl_split_the_id_rule_and_counts_truncation(tiny, monke
 def test_the_first_update_is_the_policy_gradient(tiny, monkeypatch):
     """Before any update r = 1, so the gradient is that of sum A log pi / tokens, by plain autograd."""
     fake_reward(monkeypatch, lambda text: len(text) % 2 == 0)
-    import dataclasses
     c = dataclasses.replace(Ctx.c, rl_updates=1, temperature=1.3)
     ids, mask, rewards, _ = rl.rollout(tiny, c, 0, 0)
     spread = (rewards.amax(1) > rewards.amin(1)).sum().item()
@@ -177,7 +181,6 @@ def test_no_spread_no_update(tiny, monkeypatch):
 
 
 def test_zero_learning_rate_never_clips(tiny, monkeypatch):
-    import dataclasses
     from model import adamw
     fake_reward(monkeypatch, lambda text: len(text) % 2 == 0)
     c = dataclasses.replace(Ctx.c, rl_lr=1e-30, rl_eps_low=1e-4, rl_eps_high=1e-4)
@@ -188,7 +191,6 @@ def test_zero_learning_rate_never_clips(tiny, monkeypatch):
 
 def test_grpo_raises_the_reward(tiny, monkeypatch):
     """Reward: the response begins with an even number. A real policy gradient finds that."""
-    import dataclasses
     fake_reward(monkeypatch, lambda text: text.split(" ")[0].isdigit()
                 and int(text.split(" ")[0]) % 2 == 0)
     c = dataclasses.replace(Ctx.c, rl_prompts=8, rl_group=8, rl_steps=25, max_new=3, rl_lr=3e-3)
@@ -197,9 +199,20 @@ def test_grpo_raises_the_reward(tiny, monkeypatch):
     assert sum(log[-5:]) / 5 > sum(log[:3]) / 3 + 0.3
 
 
+def test_grpo_runs_every_step_with_its_seed_and_averages_the_last_ten(tiny, monkeypatch):
+    seen = []
+
+    def step_of(model, opt, c, step, seed, ref):
+        seen.append((step, seed, torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")))
+        return dict(reward=float(step), rollout_truncated=0.5, zero_spread=0.25)
+    monkeypatch.setattr(rl, "grpo_step", step_of)
+    c = dataclasses.replace(Ctx.c, rl_steps=12, dtype="bf16")
+    assert rl.grpo(tiny, c, 7) == dict(reward=6.5, rollout_truncated=0.5, zero_spread=0.25,
+                                       clip_frac=0.0)                     # mean of 2 .. 11
+    assert seen == [(i, 7, torch.bfloat16, True) for i in range(12)]
+
+
 def test_kl_holds_the_policy_near_its_start(tiny, monkeypatch):
-    import copy
-    import dataclasses
     fake_reward(monkeypatch, lambda text: len(text) % 2 == 0)
     moved = []
     for coef in (0.0, 5.0):
@@ -211,11 +224,8 @@ def test_kl_holds_the_policy_near_its_start(tiny, monkeypatch):
 
 
 def test_grpo_resumes_bitwise(tiny, tmp_path, monkeypatch):
-    import copy
-    from model import load_checkpoint
     fake_reward(monkeypatch, lambda text: len(text) % 2 == 0)
     for coef in (0.0, 0.1):
-        import dataclasses
         c = dataclasses.replace(Ctx.c, kl_coef=coef)
         whole = copy.deepcopy(tiny)
         stats = rl.grpo(whole, c, 0)
