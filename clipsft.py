@@ -84,10 +84,33 @@ def rotation(model, base):
     return total
 
 
+def rest_random(b, c):
+    """The weight of clip, but tokens rest at random, as many as are beyond its bound."""
+    ratio = (b.logp.detach() - b.old_logp).exp()
+    beyond = (ratio > 1 + c.eps_high)[b.mask].float().mean()
+    return sft_loss(b.logp) * ratio.clamp(max=1 + c.eps_high) * (b.fresh >= beyond)
+
+
+def left_out(base_logp, mask, noise, mask_p):
+    """The tokens that the mask_* methods never train, as bool tensors like mask (N, T-1): those
+    the base gives less than mask_p; as many random ones; as many of the most probable; and random
+    ones until they make up the same share of the base's loss."""
+    low = mask & (base_logp < math.log(mask_p))
+    n, loss = low.sum(), -base_logp.masked_fill(~mask, 0)
+
+    def first(score, n):
+        out, order = torch.zeros_like(low), score.masked_fill(~mask, math.inf).flatten().argsort()
+        out.view(-1)[order[:n]] = True
+        return out
+    by_noise = noise.masked_fill(~mask, math.inf).flatten().argsort()
+    n_loss = (loss.flatten()[by_noise].cumsum(0) <= loss[low].sum()).sum().clamp(max=mask.sum() - 1)
+    return dict(low=low, random=first(noise, n), high=first(-base_logp, n),
+                loss=first(noise, n_loss))
+
+
 # b holds, for the batch at hand, (B, T-1) tensors: logp; old_logp and base_logp, of the old policy
-# and of the base; mask; noise, uniform and fixed for each token of the set; fresh, uniform and new
-# at each step; also rate, the share of the set's tokens that the base gives less than mask_p, and
-# high, the base log-probability that as many tokens exceed. c is the Config.
+# and of the base; mask; fresh, uniform and new at each step; low, random, high, loss: see left_out.
+# c is the Config.
 METHODS = {
     "sft": lambda b, c: sft_loss(b.logp),
     "clip": lambda b, c: clip_loss(b.logp, b.old_logp, c.eps_low, c.eps_high),
@@ -95,13 +118,12 @@ METHODS = {
     # Controls. What is it about clip: r as a weight, the moving old policy, or which tokens rest?
     "ratio": lambda b, c: unclipped(b),
     "frozen": lambda b, c: clip_loss(b.logp, b.base_logp, c.eps_low, c.eps_high),
-    "rest_random": lambda b, c: unclipped(b) * (
-        b.fresh >= ((b.logp - b.old_logp)[b.mask] > math.log(1 + c.eps_high)).float().mean()),
-    # Masks over the whole run: improbable tokens, random tokens, most probable tokens, equally
-    # many.
-    "mask_low": lambda b, c: sft_loss(b.logp) * (b.base_logp >= math.log(c.mask_p)),
-    "mask_random": lambda b, c: sft_loss(b.logp) * (b.noise >= b.rate),
-    "mask_high": lambda b, c: sft_loss(b.logp) * (b.base_logp <= b.high),
+    "rest_random": rest_random,
+    # Tokens that are never trained: see left_out.
+    "mask_low": lambda b, c: sft_loss(b.logp) * ~b.low,
+    "mask_random": lambda b, c: sft_loss(b.logp) * ~b.random,
+    "mask_high": lambda b, c: sft_loss(b.logp) * ~b.high,
+    "mask_loss": lambda b, c: sft_loss(b.logp) * ~b.loss,
     # A leash to the base: in its predictions (SFT-KL of 2508.17784), in its singular directions.
     "kl": lambda b, c: sft_loss(b.logp) + c.kl_weight * kl_to_base(b),
     "rpsft": lambda b, c: sft_loss(b.logp) + c.rot_weight * rotation(b.model, b.base),
@@ -148,11 +170,10 @@ class Config(RLConfig):
     resume: bool = arg(False, "finish a stopped run")
 
 
-STUDY = ["sft", "clip", "sft:steps=2000", "clip:steps=2000", "sft:demos=256", "clip:demos=256",
-         "sft:lr=1e-4", "clip:lr=1e-4", "sft:lr=3e-5", "clip:lr=3e-5",
-         "clip:eps_high=0.1", "clip:eps_high=0.4", "clip:old_every=4", "clip:old_every=36",
-         "mask_low", "mask_random", "mask_high", "dft", "ratio", "rest_random", "frozen", "kl",
-         "rpsft"]
+STUDY = ["sft", "clip", "sft:steps=3000", "clip:steps=3000", "sft:demos=256", "clip:demos=256",
+         "sft:lr=1e-4", "clip:lr=1e-4", "sft:lr=3e-5", "clip:lr=3e-5", "clip:eps_high=0.1",
+         "clip:eps_high=0.4", "clip:old_every=4", "mask_low", "mask_random", "mask_high",
+         "mask_loss", "dft", "ratio", "rest_random", "frozen", "kl", "rpsft"]
 STUDY_RL = [4, 8, 16, 30, 60, 100, 200, 300]
 PRESETS = {
     "cpu": {},
@@ -191,8 +212,8 @@ def settings_of(spec, c):
 def eval_steps(steps):
     """Dense while the OOD curve peaks, then ever sparser, and the last step; a prolonged run is
     only looked at from step 100 on."""
-    grid = [4, 8, 12, 16, 20, 30, 60, 100, 200, 300, 500, 1000]
-    return [s for s in grid if s < steps and (steps <= 500 or s >= 100)] + [steps]
+    grid = [4, 8, 16, 30, 60, 100, 200, 300, 1000]
+    return [s for s in grid if s < steps and (steps <= 1000 or s >= 100)] + [steps]
 
 
 # ------------------------------------------------------------------------------------- pre-training
@@ -286,8 +307,7 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
     bins = (base_logp.exp() * 10).long().clamp(max=9)
     n_bin = by_bin(m, bins, m)
     noise = torch.rand(m.shape, generator=generator("cpu", seed, "noise")).to(dev)
-    rate = (base_logp[m] < math.log(c.mask_p)).float().mean()
-    high = base_logp[m].sort().values[int((1 - rate) * m.sum()) - 1]
+    never = left_out(base_logp, m, noise, c.mask_p)
 
     model = copy.deepcopy(base)
     opt, rows, start, old_logp = adamw(model, c.lr), [], 0, base_logp
@@ -311,11 +331,11 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
         loss = 0.0
         for part, share in micro_batches(mask[batch], c.aggregate, c.grad_accum):
             rows_of = batch[part]
-            per_token = (t[rows_of] for t in (m, bins, old_logp, base_logp, noise, fresh))
-            names = ("old_logp", "base_logp", "noise", "fresh")
+            named = dict(old_logp=old_logp, base_logp=base_logp, fresh=fresh, **never)
+            per_token = (t[rows_of] for t in (m, bins, *named.values()))
             x, x_mask, b_mask, b_bins, *more = trim(ids[rows_of], mask[rows_of], *per_token)
             b = SimpleNamespace(ids=x, ids_mask=x_mask, mask=b_mask, model=model, base=base,
-                                rate=rate, high=high, **dict(zip(names, more)))
+                                **dict(zip(named, more)))
             with autocast(dev, c.dtype):
                 b.logp = response_logprobs(model, x, x_mask)                 # (B, T-1)
                 part_loss = share * masked_mean(METHODS[name](b, c), b_mask, c.aggregate, c.max_new)

@@ -69,9 +69,11 @@ def evaluate(model, c, base=None):
         if name != "prior":
             row[f"answer_{name}"] = mean(v.answer for v in part)
             row[f"format_{name}"] = mean(v.format_ok for v in part)
-        if name == "ood":
-            row["ood_a"] = mean(v.strict for v in part[::2])
-            row["ood_b"] = mean(v.strict for v in part[1::2])
+        if name == "ood":    # two halves that share no hand, in any order
+            half = [data.fingerprint(p.hand) % 2 for p in sets["ood"]]
+            for i, tag in enumerate("ab"):
+                row[f"ood_{tag}"] = mean(v.strict for v, h in zip(part, half) if h == i)
+            row["answer_ood_b"] = mean(v.answer for v, h in zip(part, half) if h)
     row["truncated"] = 1 - ((ids == data.EOS) & mask).any(1).float().mean().item()
     own = sets["id"][:128]
     _, ids, mask = respond(model, own, c.max_new, 1, 1.0, generator(dev, "entropy"))
@@ -602,6 +604,12 @@ def plotting():
     return plt
 
 
+def keep(plt, fig, path):
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
 def band(ax, xs, columns, color, label, **style):
     """A line through the means of columns (one list of seeds for each x) with its 95 % interval."""
     cis = [paired_ci(v) for v in columns]
@@ -640,9 +648,7 @@ def summary_figure(plt, rows, path):
     axes[0].set_ylabel("accuracy, greedy decoding")
     axes[0].legend(loc="lower center", title="arrow: then GRPO on ID prompts", frameon=False,
                    ncols=2)
-    fig.tight_layout()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    keep(plt, fig, path)
 
 
 def plane_figure(plt, rows, path):
@@ -663,9 +669,7 @@ def plane_figure(plt, rows, path):
     ax.set(xlabel="ID accuracy", ylabel="OOD accuracy",
            title="SFT along the lines (numbers: updates), then GRPO (triangles)")
     ax.legend(frameon=False, loc="lower left")
-    fig.tight_layout()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    keep(plt, fig, path)
 
 
 def study_figure(plt, rows, measured, rl_from, path):
@@ -712,9 +716,7 @@ def study_figure(plt, rows, measured, rl_from, path):
             ticks = [a for a, b in zip(rl_from, rl_from[1:] + [1e9]) if b > 1.4 * a]
             ax.set_xticks(ticks, ticks)
             ax.minorticks_off()
-    fig.tight_layout()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    keep(plt, fig, path)
 
 
 def entropy_figure(plt, rows, path):
@@ -730,9 +732,7 @@ def entropy_figure(plt, rows, path):
            xscale="log", ylim=(0, None))
     ax.set_xticks([2, 10, 50, 200, 1000, 2000], [2, 10, 50, 200, 1000, 2000])
     ax.legend(frameon=False)
-    fig.tight_layout()
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
+    keep(plt, fig, path)
 
 
 def report(run):

@@ -77,9 +77,10 @@ def test_losses_survive_extremes_and_match_float64(name, monkeypatch):
         logp = torch.tensor([[-1e4, 0.0, -3.0, -0.1, -50.0]], dtype=dtype, requires_grad=True)
         old = torch.tensor([[0.0, -1e4, -3.1, -0.1, -49.0]], dtype=dtype)
         return SimpleNamespace(
-            logp=logp, old_logp=old, base_logp=old, mask=torch.ones(1, 5).bool(), high=-0.5,
-            noise=torch.rand(1, 5, generator=g), fresh=torch.full((1, 5), 0.9), rate=0.4,
-            model=None, base=None)
+            logp=logp, old_logp=old, base_logp=old, mask=torch.ones(1, 5).bool(),
+            fresh=torch.full((1, 5), 0.9), model=None, base=None,
+            **{k: torch.tensor([[True, False, True, False, False]]) for k in
+               ("low", "random", "high", "loss")})
     monkeypatch.setattr(clipsft, "kl_to_base", lambda b: torch.zeros(1, 5))
     monkeypatch.setattr(clipsft, "rotation", lambda model, base: torch.tensor(0.0))
     grads = []
@@ -94,14 +95,28 @@ def test_losses_survive_extremes_and_match_float64(name, monkeypatch):
     assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-6)
 
 
-def test_mask_methods_mask_what_they_say():
-    b = SimpleNamespace(logp=torch.full((1, 4), -1.0), base_logp=torch.tensor([0.05, 0.2, 0.6, 0.9])[None].log(),
-                        noise=torch.tensor([[0.1, 0.9, 0.2, 0.3]]), rate=0.25,
-                        high=torch.tensor(0.6).log(), mask=torch.ones(1, 4).bool())
-    c = Config(mask_p=0.1)
-    assert clipsft.METHODS["mask_low"](b, c).tolist() == [[0, 1, 1, 1]]
-    assert clipsft.METHODS["mask_random"](b, c).tolist() == [[0, 1, 0, 1]]
-    assert clipsft.METHODS["mask_high"](b, c).tolist() == [[1, 1, 1, 0]]
+def test_mask_methods_leave_out_what_they_say():
+    p = torch.tensor([[0.05, 0.2, 0.6, 0.9], [0.06, 1.0, 1.0, 0.5]])
+    mask = torch.tensor([[True, True, True, True], [True, True, True, False]])
+    noise = torch.tensor([[0.5, 0.1, 0.4, 0.9], [0.6, 0.3, 0.2, 0.0]])
+    out = clipsft.left_out(p.log(), mask, noise, 0.1)
+    assert out["low"].long().tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
+    assert out["random"].long().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]     # two, least noise
+    assert out["high"].long().tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]       # two, though tied
+    # -log p in the order of noise: 1.6 0 0 .5 3.0 | 2.8 .1; the improbable have 5.8: stop before
+    assert out["loss"].long().tolist() == [[1, 1, 1, 0], [0, 1, 1, 0]]
+    b = SimpleNamespace(logp=torch.full((2, 4), -1.0), **out)
+    for k in out:
+        assert torch.equal(clipsft.METHODS[f"mask_{k}"](b, None), 1.0 * ~out[k])
+
+
+def test_rest_random_rests_at_its_own_rate_with_the_weight_of_clip():
+    logp = torch.tensor([[-1.0, -1.0, -2.0, -1.0]], requires_grad=True)
+    b = SimpleNamespace(logp=logp, old_logp=torch.tensor([[-3.0, -1.0, -1.0, -9.0]]),
+                        mask=torch.tensor([[True, True, True, False]]),
+                        fresh=torch.tensor([[0.3, 0.4, 0.2, 0.9]]))
+    clipsft.METHODS["rest_random"](b, Config()).sum().backward()      # one in three is beyond 1.2
+    assert logp.grad[0].tolist() == pytest.approx([0, -1, 0, -1.2])
 
 
 def test_rotation_penalty_counts_moves_within_the_leading_directions_only(tiny):
@@ -273,9 +288,9 @@ def test_method_settings():
     name, c = settings_of("clip:eps_high=0.4,old_every=24", Config())
     assert (name, c.eps_high, c.old_every, c.lr) == ("clip", 0.4, 24, 3e-4)
     assert settings_of("sft", Config(old_every=1))[0] == "sft"
-    assert clipsft.eval_steps(30) == [4, 8, 12, 16, 20, 30]
+    assert clipsft.eval_steps(30) == [4, 8, 16, 30]
     assert clipsft.eval_steps(7) == [4, 7]
-    assert clipsft.eval_steps(2000) == [100, 200, 300, 500, 1000, 2000]
+    assert clipsft.eval_steps(3000) == [100, 200, 300, 1000, 3000]
 
 
 BAD = [
