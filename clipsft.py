@@ -519,6 +519,9 @@ def collect(out):
 def prepare(argv):
     """Command line -> config, checked whole; run folder made or, with --resume, compared."""
     c = parse(Config, argv, __doc__, PRESETS)
+    if c.resume:    # what is not given on the command line is as in the run
+        kept = {k: v for k, v in ev.read_config(c.out_dir).items() if k not in ("versions", "resume")}
+        c = parse(Config, argv, __doc__, {c.preset: kept})
     study = c.seeds > 1
     c.methods = list(dict.fromkeys(c.methods or (STUDY if study else ["sft", "clip"])))
     c.rl_from = sorted(set(c.rl_from or (STUDY_RL if study else [100, 300])))
@@ -539,7 +542,7 @@ def prepare(argv):
 
     out = Path(c.out_dir)
     config = json.loads(json.dumps(dataclasses.asdict(c)))
-    free = ("resume", "workers", "out_dir", "seeds", "methods")    # cells are independent of these
+    free = ("resume", "workers", "out_dir", "seeds", "methods", "rl_methods")    # none is in a cell
     if (out / "config.json").exists():
         if not c.resume:
             raise BadInput(f"{out} holds a run already: finish or re-report it with --resume, or "
@@ -550,12 +553,14 @@ def prepare(argv):
             raise BadInput(f"--resume: {out} was started with another " + ", ".join(
                 f"--{k} ({old.get(k)}, now {config[k]})" for k in differ))
         # A resumed run may be given further methods or seeds: it then computes those alone.
-        config["methods"] = list(dict.fromkeys(old["methods"] + c.methods))
+        if bare := set(c.rl_methods) - set(old["rl_methods"]) & set(old["methods"]) - {"none"}:
+            raise BadInput(f"--rl_methods {' '.join(bare)}: run here without checkpoints for GRPO to "
+                           "start from; use another folder")
+        for k in ("methods", "rl_methods"):
+            config[k] = list(dict.fromkeys(old[k] + getattr(c, k)))
         config["seeds"] = max(old["seeds"], c.seeds)
         atomic_write(out / "config.json", json.dumps(old | config, indent=1).encode())
         return c
-    if c.resume:
-        raise BadInput(f"--resume: {out} holds no run (no config.json)")
     if out.is_file() or out.exists() and any(out.iterdir()):
         raise BadInput(f"--out_dir {out} is not empty and not a run of this program")
     try:

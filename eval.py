@@ -108,12 +108,14 @@ def singular_value_shift(W0, W1):
     return (s1 - s0) / s0
 
 
-def restore_directions(W0, W1):
-    """W1 with its singular vectors, both sides, replaced by those of W0 and its own singular values
-    kept, (m, n). With W0 and W1 swapped it restores the values alone."""
+def restore_directions(W0, W1, k=None):
+    """W1 with its k leading singular vectors, both sides, replaced by those of W0 (k None: all) and
+    its own singular values kept, (m, n). With W0 and W1 swapped it restores the values alone."""
     U0, _, V0 = torch.linalg.svd(W0.double(), full_matrices=False)
-    # W' = U_0 diag(S_1) V_0^T                                               2509.12235, restoration
-    return (U0 * torch.linalg.svdvals(W1.double()) @ V0).to(W1.dtype)
+    U, s1, V = torch.linalg.svd(W1.double(), full_matrices=False)
+    # W' = [U_0,k | U_1,rest] diag(S_1) [V_0,k | V_1,rest]^T                 2509.12235, restoration
+    U[:, :k], V[:k] = U0[:, :k], V0[:k]
+    return (U * s1 @ V).to(W1.dtype)
 
 
 def representation_drift(layers0, layers1):
@@ -188,20 +190,25 @@ T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
         2.145, 2.131, 2.120, 2.110, 2.101, 2.093]    # Student's t, two-sided 95 %, df 1, 2, ...
 
 
-def paired_ci(differences):
+# Two-sided 99.9 %, df 1 to 9: what is left of 95 % confidence when some fifty claims are tested.
+T_999 = [636.619, 31.599, 12.924, 8.610, 6.869, 5.959, 5.408, 5.041, 4.781]
+
+
+def paired_ci(differences, t=T_95):
     """One difference a seed -> (mean, low, high), Student's 95 % interval; infinite below two."""
     n, m = len(differences), mean(differences)
     if n < 2:
         return m, -math.inf, math.inf
     s = math.sqrt(sum((d - m) ** 2 for d in differences) / (n - 1))
-    half = T_95[min(n - 2, len(T_95) - 1)] * s / math.sqrt(n)    # beyond df 19 a little too wide
+    half = t[min(n - 2, len(t) - 1)] * s / math.sqrt(n)    # beyond the table a little too wide
     return m, m - half, m + half
 
 
 # ----------------------------------------------------------------------------- the claims, measured
 def frontier_area(points):
     """Area under the ID-OOD frontier: the integral over x in [0, 1] of the best OOD accuracy among
-    the (id, ood) points with id >= x (0 where there is none). One number for a whole trajectory."""
+    the (id, ood) points with id >= x (0 where there is none): the trade-off that stopping at the
+    right time offers. What is forgotten after that does not lower it."""
     area, last = 0.0, 0.0
     for x, _ in sorted(points):
         area += (x - last) * max(ood for i, ood in points if i >= x)
@@ -219,9 +226,14 @@ def with_matrices(model, change):
     return other
 
 
+def matrices(model):
+    return {n: p.detach() for n, p in model.transformer.h.named_parameters() if p.dim() == 2}
+
+
 def measure(run, c, seed, report):
     """What the claims need and metrics.jsonl has not: from the checkpoints of one seed, once."""
-    path = Path(run) / "cells" / f"s{seed}-measure.json"
+    cells = Path(run) / "cells"
+    path = cells / f"s{seed}-measure.json"
     if path.exists():
         return
 
@@ -230,54 +242,85 @@ def measure(run, c, seed, report):
 
     def score(model):
         row = evaluate(model, c)
-        return [row["id"], row["ood"]]
+        return {k: row[k] for k in ("id", "ood", "ood_b")}
+
+    def noise(W, *key):
+        return torch.randn(W.shape, generator=generator("cpu", seed, *key)).to(W)
     base, steps, out = load("base"), c.rl_from, {}
     models = {m: [load(f"{m}-{s}") for s in steps] for m in ("sft", "clip")}
     ids, mask = (t.to(c.device) for t in data.demonstrations(c.demos, seed, p_word=c.p_word))
     out["gradients"] = gradient_norm_by_probability(base, ids, mask)
-    probe, pmask = (t.to(c.device) for t in data.demonstrations(128, "probe", "eval"))
-    at_base = layer_means(base, probe, pmask)
-    out["drift"] = {m: [representation_drift(at_base, layer_means(x, probe, pmask)) for x in xs]
-                    for m, xs in models.items()}
-    # The spectrum against the early checkpoint, beside an update of equal norm in a random
-    # direction.
-    early, late = models["sft"][1], models["sft"][-1]
-    W0 = {n: p.detach() for n, p in early.transformer.h.named_parameters() if p.dim() == 2}
-    W1 = {n: p.detach() for n, p in late.transformer.h.named_parameters() if p.dim() == 2}
-    noise = {n: torch.randn(w.shape, generator=generator("cpu", seed, n)).to(w)
-             for n, w in W0.items()}
+
+    # Drift on what SFT does not teach (prior abilities, sums in the base's own style), and on what
+    # it does.
+    rng = random.Random("probe")
+    other = [data.draw(rng, "eval", op) for op in "SMRDC" * 25]
+    other = data.batch([(p.prompt, data.terse(p.values) if p.op == "S" else data.truth(p))
+                        for p in other])
+    task = data.demonstrations(128, "probe", "eval")
+    for name, probe in (("drift", other), ("drift_task", task)):
+        x, m = (t.to(c.device) for t in probe)
+        at_base = layer_means(base, x, m)
+        out[name] = {k: [representation_drift(at_base, layer_means(v, x, m)) for v in vs]
+                     for k, vs in models.items()}
+
+    # Spectra of the last checkpoint against the early one, the best of the starts on OOD half a,
+    # beside two random updates of equal norm: of any spectrum, and of the same.
+    rows = {r["step"]: r for r in json.loads((cells / f"s{seed}-sft.json").read_text())}
+    first = max(range(len(steps) - 1), key=lambda i: rows[steps[i]]["ood_a"])
+    early, late = models["sft"][first], models["sft"][-1]
+    W0, W1 = matrices(early), matrices(late)
 
     def spectrum(pairs):
-        """Mean |relative singular value change| and mean principal angle of the leading half,
-        degrees."""
-        shift = mean(singular_value_shift(a, b).abs().mean().item() for a, b in pairs)
-        angle = mean(torch.cat(principal_angles(a, b, min(a.shape) // 2)).mean().item()
-                     for a, b in pairs)
-        return [shift, math.degrees(angle)]
+        """Leading half of each matrix: mean |relative singular value change|, mean principal angle
+        in degrees."""
+        half = [min(a.shape) // 2 for a, _ in pairs]
+        return [mean(singular_value_shift(a, b)[:k].abs().mean().item()
+                     for (a, b), k in zip(pairs, half)),
+                math.degrees(mean(torch.cat(principal_angles(a, b, k)).mean().item()
+                                  for (a, b), k in zip(pairs, half)))]
+
+    def any_update(a, b, n):
+        d = noise(a, n)
+        return a + d * (b - a).norm() / d.norm()
+
+    def same_spectrum(a, b, n):
+        s = torch.linalg.svdvals(b - a)
+        U, V = (torch.linalg.qr(noise(a.new_empty(size, len(s)), n, side))[0]
+                for side, size in enumerate(a.shape))
+        return a + U * s @ V.T
+    out["early"] = steps[first]
     out["spectrum"] = spectrum([(W0[n], W1[n]) for n in W0])
-    out["spectrum_null"] = spectrum([
-        (W0[n], W0[n] + noise[n] * (W1[n] - W0[n]).norm() / noise[n].norm()) for n in W0])
-    out["angles"], out["norms"] = [], []
+    out["spectrum_null"] = spectrum([(W0[n], any_update(W0[n], W1[n], n)) for n in W0])
+    out["spectrum_same"] = spectrum([(W0[n], same_spectrum(W0[n], W1[n], n)) for n in W0])
+    out["angles"], out["angles_null"], out["norms"] = [], [], []    # from the base, along SFT
+    B = matrices(base)
     for model in models["sft"]:
-        W = dict(model.transformer.h.named_parameters())
-        out["angles"].append(spectrum([(W0[n], W[n].detach()) for n in W0])[1])
-        out["norms"].append(math.sqrt(sum((W[n] - W0[n]).pow(2).sum().item() for n in W0)))
-    # Restore the early directions in the late model; the controls no paper ran.
-    back = {n: restore_directions(W0[n], W1[n]) for n in W0}
-    step = {n: (back[n] - W1[n]).norm() / (W0[n] - W1[n]).norm() for n in W0}    # straight back
+        W = matrices(model)
+        out["angles"].append(spectrum([(B[n], W[n]) for n in B])[1])
+        out["angles_null"].append(spectrum([(B[n], any_update(B[n], W[n], n)) for n in B])[1])
+        out["norms"].append(math.sqrt(sum((W[n] - B[n]).pow(2).sum().item() for n in B)))
+
+    # Restore the early directions in the late model: a fifth of them, all, only the values; and a
+    # straight step back as long as that fifth.
+    fifth = {n: restore_directions(W0[n], W1[n], -(-min(w.shape) // 5)) for n, w in W0.items()}
+    share = {n: ((fifth[n] - W1[n]).norm() / (W0[n] - W1[n]).norm()).clamp(max=1) for n in W0}
     out["restore"] = dict(
-        early=score(early), late=score(late),
-        directions=score(with_matrices(late, lambda n, w: back[n])),
-        values=score(with_matrices(late, lambda n, w: restore_directions(W1[n], W0[n]))),
-        straight=score(with_matrices(late, lambda n, w: w + step[n].clamp(max=1) * (W0[n] - w))))
+        late=score(late), fifth=score(with_matrices(late, lambda n, w: fifth[n])),
+        straight=score(with_matrices(late, lambda n, w: w + share[n] * (W0[n] - w))),
+        all=score(with_matrices(late, lambda n, w: restore_directions(W0[n], w))),
+        values=score(with_matrices(late, lambda n, w: restore_directions(w, W0[n]))))
+    out["share"] = mean(x.item() for x in share.values())
+
     # Plain interpolation between base and SFT, the cheap baseline.
     out["interpolation"] = []
-    for a in (0.25, 0.5, 0.75, 1.0):
-        mixed = copy.deepcopy(models["sft"][len(steps) // 2])
-        with torch.no_grad():
-            for p, q in zip(mixed.parameters(), base.parameters()):
-                p.lerp_(q, 1 - a)
-        out["interpolation"].append(score(mixed))
+    for model in [m for m, s in zip(models["sft"], steps) if s >= 100] or models["sft"][-1:]:
+        for a in (0.25, 0.5, 0.75):
+            mixed = copy.deepcopy(model)
+            with torch.no_grad():
+                for p, q in zip(mixed.parameters(), base.parameters()):
+                    p.lerp_(q, 1 - a)
+            out["interpolation"].append(score(mixed))
     atomic_write(path, json.dumps(out).encode())
     report(cell=f"s{seed} checkpoints")
 
@@ -288,19 +331,39 @@ def spearman(xs, ys):
     return float(torch.corrcoef(torch.tensor([a, b]))[0, 1].nan_to_num())
 
 
+def verdict(differences, margin=0.02, not_worse=False):
+    """-> (mean, low, high, verdict, sure). 'holds' where the 95 % interval lies above 0 (not_worse:
+    above -margin), 'opposite' where it lies below, 'no difference' where it lies within +-margin,
+    'undecided' otherwise and below three seeds. sure: so does the 99.9 % interval."""
+    def judge(low, high):
+        if len(differences) < 3:
+            return "undecided"
+        if low > -margin * not_worse:
+            return "holds"
+        if high < -margin * not_worse:
+            return "opposite"
+        return "no difference" if -margin < low and high < margin else "undecided"
+    m, low, high = paired_ci(differences)
+    said = judge(low, high)
+    return m, low, high, said, said != "undecided" and judge(*paired_ci(differences, T_999)[1:]) \
+        == said
+
+
 def claims(rows, measured, rl_from):
     """-> a list of dicts, one a claim. Every effect is a mean of differences paired by seed (same
-    base, same demonstrations in the same order), positive in the direction claimed. Verdict:
-    'holds' where its 95 % interval lies above -margin, 'opposite' where it lies below, else 'no
-    difference'. A claim whose runs are not in the folder is left out."""
+    base, same demonstrations in the same order), positive in the direction claimed. What stands
+    beside it (control) takes no part in the verdict. A claim whose runs are not in the folder is
+    left out."""
     sft, rl, M = {}, {}, measured
     for r in rows:
         if r["stage"] == "sft":
             sft.setdefault((r["method"], r["seed"]), {})[r["step"]] = r
         if r["stage"] == "rl":
             rl[r["method"], r["seed"], r["init_step"]] = r
-    late, middle = [i for i in rl_from if i >= 100], [i for i in rl_from if 60 <= i <= 150]
-    long = {m.partition(":")[0]: m for m, _ in sft if ":steps=" in m}
+    last_step = {m: max(max(steps) for (k, _), steps in sft.items() if k == m) for m, _ in sft}
+    sft = {k: steps for k, steps in sft.items() if max(steps) == last_step[k[0]]}    # whole runs
+    late, middle = [i for i in rl_from if i >= 100], [i for i in rl_from if 60 <= i <= 100]
+    end, long = max(rl_from), {m.partition(":")[0]: m for m, _ in sft if ":steps=" in m}
     more = ":demos=256"
 
     # What a claim compares: each function takes a seed and gives a number, None if it has none
@@ -308,19 +371,8 @@ def claims(rows, measured, rl_from):
     def run(m, s):
         return list(sft[m, s].values())
 
-    def area(m):
-        return lambda s: frontier_area([(r["id"], r["ood"]) for r in run(m, s)])
-
-    def tuned(m):
-        rates = [m] + [x for x in dict.fromkeys(x for x, _ in sft) if x.startswith(m + ":lr=")]
-
-        def f(s):
-            best = max(rates, key=lambda x: mean(area(x)(o) for o in M if o != s))
-            return area(best)(s)
-        return f
-
-    def last(m, key):
-        return lambda s: run(m, s)[-1][key]
+    def top(m, s):    # the checkpoint of the OOD peak, picked on half a
+        return max(run(m, s), key=lambda r: r["ood_a"])
 
     def minus(f, g):
         return lambda s: None if f(s) is None or g(s) is None else f(s) - g(s)
@@ -328,8 +380,36 @@ def claims(rows, measured, rl_from):
     def versus(f, a, b, *args):
         return minus(f(a, *args), f(b, *args))
 
-    def at_id(m, level, key):
-        return lambda s: next((r[key] for r in run(m, s) if r["id"] >= level), None)
+    def part(f, g):    # f as a share of g, where g is worth speaking of
+        return lambda s: f(s) / g(s) if g(s) > 0.05 else None
+
+    def area(m):
+        return lambda s: frontier_area([(r["id"], r["ood"]) for r in run(m, s)])
+
+    def tuned(m):
+        rates = [m] + [x for x in last_step if x.startswith(m + ":lr=")]
+
+        def f(s):
+            if len(rates) == 1:
+                raise LookupError("nothing to choose from")
+            others = [o for x, o in sft if x == m and o != s]
+            return area(max(rates, key=lambda x: mean(area(x)(o) for o in others)))(s)
+        return f
+
+    def last(m, key):
+        return lambda s: run(m, s)[-1][key]
+
+    def best_at(m, level, key):    # the best OOD, picked on half a, among ID >= level
+        def f(s):
+            able = [r for r in run(m, s) if r["id"] >= level]
+            return max(able, key=lambda r: r["ood_a"])[key] if able else None
+        return f
+
+    def fall(m, key="ood_b", step=None):
+        return lambda s: top(m, s)[key] - (sft[m, s][step] if step else run(m, s)[-1])[key]
+
+    def learnt(m, bin):
+        return lambda s: sft[m, s][60]["logp_bins"][bin]
 
     def gradient(s, key):
         bins = [b for b in M[s]["gradients"] if b["tokens"]]
@@ -339,136 +419,155 @@ def claims(rows, measured, rl_from):
         sums = [b["tokens"] * (b["full"] or 0) for b in M[s]["gradients"]]
         return sums[0] / sum(sums)
 
-    def learnt(m, bin):
-        return lambda s: sft[m, s][12]["logp_bins"][bin]
+    def gain(starts, key="ood"):
+        return lambda s: mean(rl["sft", s, i][key] - sft["sft", s][i][key] for i in starts)
 
-    def fall(m, key="ood_b"):
-        return lambda s: max(run(m, s), key=lambda r: r["ood_a"])[key] - run(m, s)[-1][key]
+    def healed(starts, m="sft", key="ood"):
+        return lambda s: mean(rl[m, s, i][key] for i in starts)
 
-    def rise(m, step):
-        return lambda s: sft[m, s][step]["id"] - peak(run(m, s))["id"]
-
-    def gain(m, starts, key="ood"):
-        return lambda s: mean(rl[m, s, i][key] - sft[m, s][i][key] for i in starts)
-
-    def best_end(m, key):
-        return lambda s: max((rl[m, s, i] for i in rl_from), key=lambda r: r["ood_a"])[key]
-
-    def mean_end(m, key):
-        return lambda s: mean(rl[m, s, i][key] for i in rl_from)
+    def best_end(m, key="ood_b", from_peak=False):
+        return lambda s: max((rl[m, s, i] for i in rl_from if not from_peak
+                              or i >= min(top(m, s)["step"], end)), key=lambda r: r["ood_a"])[key]
 
     def matched(m, of):
         """of(i, start) at the first start of RL with ID accuracy >= .9."""
         return lambda s: next((of(s, i, n) for i, n in enumerate(rl_from)
                                if sft[m, s][n]["id"] >= 0.9), None)
 
-    def widens(key):    # over the starts of RL
-        return lambda s: spearman([sft["sft", s][i][key] for i in rl_from],
-                                  [gain("sft", [i])(s) for i in rl_from])
+    def ranks(f, g):    # over the starts of RL behind the first two, where the format is learnt
+        def h(s):
+            if len(rl_from) < 5:
+                raise LookupError("too few starts")
+            return spearman(*([x(s, i) for i in range(2, len(rl_from))] for x in (f, g)))
+        return h
 
-    def tracks(key):    # over the checkpoints behind the early one
-        return lambda s: spearman(M[s][key][2:], [-sft["sft", s][i]["ood"] for i in rl_from[2:]])
+    def before(key, sign):
+        return lambda s, i: sign * sft["sft", s][rl_from[i]][key]
+
+    def gained(s, i):
+        return gain([rl_from[i]])(s)
+
+    def tracks(key):
+        return ranks(lambda s, i: M[s][key][i], before("ood", -1))
 
     def restored(key):
-        return lambda s: M[s]["restore"][key][1] - M[s]["restore"]["late"][1]
+        return lambda s: M[s]["restore"][key]["ood"] - M[s]["restore"]["late"]["ood"]
+
+    def drift(probe, kind):
+        return minus(*(matched(m, lambda s, i, n, m=m: M[s][probe][m][i][kind])
+                       for m in ("sft", "clip")))
 
     table = [
-        ("C1a", 1, "improbable tokens have larger gradients", "log10 of the norm a token, lowest "
+        ("C1a", "1", "improbable tokens have larger gradients", "log10 of the norm a token, lowest "
          "bin of base probability over highest", lambda s: gradient(s, "full"),
          "the logits' gradient", lambda s: gradient(s, "logit")),
-        ("C1b", 1, "and make up most of the gradient", "share of summed norms from p < .1, "
+        ("C1b", "1", "and make up most of the gradient", "share of summed norms from p < .1, "
          "minus 1/2", lambda s: share(s) - 0.5),
-        ("C2", 1, "improbable tokens cause the forgetting", "frontier, p < .1 masked minus as many "
-         "random tokens masked", versus(area, "mask_low", "mask_random"),
-         "most probable masked instead", versus(area, "mask_high", "mask_random")),
-        ("C3", "1, 3", "clip forgets less OOD", "frontier, clip minus SFT",
-         versus(area, "clip", "sft"), "r as a weight, no clip", versus(area, "ratio", "sft")),
-        *((f"C3 ID {x}", "1, 3", "the same at matched ID", f"OOD where ID first reaches {x}",
-           versus(at_id, "clip", "sft", x, "ood"), "random rules",
-           versus(at_id, "clip", "sft", x, "random")) for x in (0.9, 0.95)),
-        ("C3 256", "1, 3", "the same with 256 demonstrations", "frontier, clip minus SFT",
-         versus(area, "clip" + more, "sft" + more), "OOD at the last step",
-         versus(last, "clip" + more, "sft" + more, "ood")),
-        *((f"C3 256 ID {x}", "1, 3", "the same at matched ID", f"OOD where ID first reaches {x}",
-           versus(at_id, "clip" + more, "sft" + more, x, "ood"), "prior abilities",
-           versus(at_id, "clip" + more, "sft" + more, x, "prior")) for x in (0.95, 0.98)),
-        ("C3 tuned", "1, 3", "the same, each at its better learning rate", "frontier; the rate is "
-         "picked on the other seeds", minus(tuned("clip"), tuned("sft")),
-         "both at 1e-4", versus(area, "clip:lr=1e-4", "sft:lr=1e-4")),
-        ("C3 end", "1, 3", "the same at the last step", "OOD, clip minus SFT",
+        ("C2a", "1", "improbable tokens cause the forgetting", f"OOD at step {end}, p < .1 left "
+         "out minus as many random tokens left out", versus(last, "mask_low", "mask_random", "ood"),
+         "most probable left out instead", versus(last, "mask_high", "mask_random", "ood")),
+        ("C2b", "1", "more than by their share of the loss", "the same, against random tokens of "
+         "equal base loss", versus(last, "mask_low", "mask_loss", "ood"),
+         "ID", versus(last, "mask_low", "mask_loss", "id")),
+        ("C2c", "1", "leaving them out buys a better trade-off", "frontier, p < .1 left out minus "
+         "SFT", versus(area, "mask_low", "sft"),
+         "random tokens of equal loss left out", versus(area, "mask_loss", "sft")),
+        ("C3a", "1, 3", "clip forgets less at equal updates", f"OOD at step {end}, clip minus SFT",
          versus(last, "clip", "sft", "ood"), "ID", versus(last, "clip", "sft", "id")),
-        ("C3 forgets", "1, 3", "the same as forgetting", "OOD lost from its own peak to the last "
-         "step, SFT minus clip", versus(fall, "sft", "clip"), "as a share of SFT's",
-         lambda s: 1 - fall("clip")(s) / fall("sft")(s)),
-        *((f"C4 ID {x}", "1, 3", "clip keeps prior abilities", f"prior where ID first reaches {x}",
-           versus(at_id, "clip", "sft", x, "prior")) for x in (0.9, 0.95)),
-        ("C4 end", "1, 3", "the same at the last step", "prior, clip minus SFT",
+        ("C3b", "1, 3", "the same from its own peak", "OOD lost since, SFT minus clip",
+         versus(fall, "sft", "clip"), "as a share of SFT's",
+         part(versus(fall, "sft", "clip"), fall("sft"))),
+        *((f"C3c ID {x}", "1, 3", "the same at matched ID", f"best OOD at ID >= {x}, clip minus "
+           "SFT", versus(best_at, "clip", "sft", x, "ood_b"), "random rules",
+           versus(best_at, "clip", "sft", x, "random")) for x in (0.9, 0.95)),
+        ("C3d", "1, 3", "clip buys a better trade-off", "frontier, clip minus SFT",
+         versus(area, "clip", "sft"), "r as a weight, no clip", versus(area, "ratio", "sft")),
+        ("C3e", "1, 3", "the same, each at its best learning rate", "frontier; of 3e-4, 1e-4, 3e-5 "
+         "the best on the other seeds", minus(tuned("clip"), tuned("sft")),
+         "both at 1e-4", versus(area, "clip:lr=1e-4", "sft:lr=1e-4")),
+        ("C3f", "1, 3", "clip forgets less with 256 demonstrations", f"OOD at step {end}, clip "
+         "minus SFT", versus(last, "clip" + more, "sft" + more, "ood"), "frontier",
+         versus(area, "clip" + more, "sft" + more)),
+        *((f"C3f ID {x}", "1, 3", "the same at matched ID", f"best OOD at ID >= {x}, clip minus "
+           "SFT", versus(best_at, "clip" + more, "sft" + more, x, "ood_b"), "prior abilities",
+           versus(best_at, "clip" + more, "sft" + more, x, "prior")) for x in (0.95, 0.98)),
+        ("C4a", "1, 3", "clip keeps prior abilities", f"prior at step {end}, clip minus SFT",
          versus(last, "clip", "sft", "prior")),
-        ("C5", 1, "clip delays improbable tokens", "log p at step 12 of training tokens with base "
-         "p < .1, SFT minus clip", versus(learnt, "sft", "clip", 0),
+        ("C4b", "1, 3", "the same at matched ID", "prior at the best OOD with ID >= 0.9, clip "
+         "minus SFT", versus(best_at, "clip", "sft", 0.9, "prior")),
+        ("C5", "1", "clip delays improbable tokens", "log p at step 60 of training tokens with "
+         "base p < .1, SFT minus clip", versus(learnt, "sft", "clip", 0),
          "tokens with p > .9", versus(learnt, "sft", "clip", 9)),
-        ("C6", "1, 3", "clip matches SFT in distribution", "best ID of the run, clip minus SFT, "
-         "margin .02", minus(lambda s: max(r["id"] for r in run("clip", s)),
-                      lambda s: max(r["id"] for r in run("sft", s)))),
-        ("C7", 3, "clip keeps entropy in prolonged training", "entropy after prolonged training",
-         lambda s: versus(last, long["clip"], long["sft"], "entropy")(s), "after 500",
-         lambda s: sft[long["clip"], s][500]["entropy"] - sft[long["sft"], s][500]["entropy"]),
-        ("C8a", 2, "OOD peaks early in SFT, then falls", "peak, picked on half a, minus last step, "
-         "both on b", fall("sft"), "in any format", fall("sft", "answer_ood")),
-        ("C8b", 2, "while ID rises", "ID at step 100 minus ID at the OOD peak", rise("sft", 100),
-         "at the last step", rise("sft", max(rl_from))),
-        ("C8 256", 2, "the same with 256 demonstrations", "OOD at its peak minus last step",
-         fall("sft" + more), "ID's rise meanwhile", rise("sft" + more, max(rl_from))),
-        ("C9", 2, "RL on ID prompts restores OOD", f"after RL minus before, SFT steps {late}",
-         gain("sft", late), "ID", gain("sft", late, "id")),
-        ("C10", 2, "but not beyond the early peak", "peak minus best RL end", minus(
-            lambda s: peak(run("sft", s))["ood"], best_end("sft", "ood_b"))),
-        ("C11a", 2, "RL helps less from too early a checkpoint", f"gain from steps {middle} minus "
-         f"from {rl_from[:2]}", minus(gain("sft", middle), gain("sft", rl_from[:2]))),
-        ("C11b", 2, "and less from too late a one", f"gain from steps {middle} minus from "
-         f"{rl_from[-1:]}", minus(gain("sft", middle), gain("sft", rl_from[-1:]))),
-        ("C11c", 2, "where ID has headroom, RL heals", "rank correlation over starts: ID accuracy "
-         "before RL and OOD gained, sign turned", lambda s: -widens("id")(s),
-         "entropy and OOD gained", widens("entropy")),
+        ("C6", "1, 3", "clip is no worse in distribution", "best ID of the run, clip minus SFT, "
+         "above -.02", minus(lambda s: max(r["id"] for r in run("clip", s)),
+                             lambda s: max(r["id"] for r in run("sft", s)))),
+        ("C7", "3", "clip keeps entropy in prolonged training", "entropy at its end, clip minus "
+         "SFT", lambda s: versus(last, long["clip"], long["sft"], "entropy")(s),
+         f"after {end}", versus(last, "clip", "sft", "entropy")),
+        ("C8a", "2", "OOD peaks early in SFT, then falls", f"peak minus step {end}", fall("sft"),
+         "in any format", fall("sft", "answer_ood_b")),
+        ("C8b", "2", "while ID rises", "ID at step 100 minus ID at the OOD peak",
+         lambda s: sft["sft", s][100]["id"] - top("sft", s)["id"],
+         "OOD lost meanwhile", fall("sft", step=100)),
+        ("C8c", "2", "to the end", f"ID at step {end} minus ID at the OOD peak",
+         lambda s: -fall("sft", "id")(s)),
+        ("C8d", "2", "the same with 256 demonstrations", "ID's rise from the OOD peak to the last "
+         "step", lambda s: -fall("sft" + more, "id")(s), "OOD lost meanwhile", fall("sft" + more)),
+        *((f"C9 {i}", "2", f"RL on ID prompts restores OOD at step {i}", "OOD after RL minus "
+           "before", gain([i]), "as a share of what was lost since the peak",
+           part(gain([i], "ood_b"), fall("sft", step=i))) for i in late),
+        ("C10", "2", "but not beyond the early peak", "SFT's OOD peak minus best RL end from the "
+         "peak on", lambda s: top("sft", s)["ood_b"] - best_end("sft", from_peak=True)(s),
+         "from any start", lambda s: top("sft", s)["ood_b"] - best_end("sft")(s)),
+        ("C11a", "2", "RL from too early a checkpoint ends lower", f"OOD after RL from steps "
+         f"{middle} minus from {rl_from[:2]}", minus(healed(middle), healed(rl_from[:2])),
+         "gain instead of end", minus(gain(middle), gain(rl_from[:2]))),
+        ("C11b", "2", "and from too late a one", f"OOD after RL from steps {middle} minus from "
+         f"{[end]}", minus(healed(middle), healed([end])),
+         "gain instead of end", minus(gain(middle), gain([end]))),
+        ("C11c", "2", "RL heals where ID has headroom", "rank correlation over starts behind "
+         "the first two: OOD gained and ID error before", ranks(gained, before("id", -1)),
+         "OOD gained and entropy", ranks(gained, before("entropy", 1))),
         ("C12a", "1, 3", "RL ends higher from clip", "OOD after RL from each method's best start",
-         versus(best_end, "clip", "sft", "ood_b"), "ID", versus(best_end, "clip", "sft", "id")),
-        ("C12b", "1, 3", "the same over all checkpoints", f"OOD after RL, mean over {rl_from}",
-         versus(mean_end, "clip", "sft", "ood"), "ID", versus(mean_end, "clip", "sft", "id")),
+         versus(best_end, "clip", "sft"), "ID", versus(best_end, "clip", "sft", "id")),
+        ("C12b", "1, 3", "the same over all starts", f"OOD after RL, mean over {rl_from}",
+         minus(healed(rl_from, "clip"), healed(rl_from)),
+         "ID", minus(healed(rl_from, "clip", "id"), healed(rl_from, "sft", "id"))),
         ("C12c", "1, 3", "the same at matched ID", "OOD after RL from the first start of ID >= .9",
          minus(*(matched(m, lambda s, i, n, m=m: rl[m, s, n]["ood"]) for m in ("clip", "sft")))),
-        ("C13a", 2, "singular values stay, more than by chance", "mean relative change, random "
+        ("C13a", "2", "singular values stay, more than by chance", "mean relative change, random "
          "update of equal norm minus SFT", lambda s: M[s]["spectrum_null"][0] - M[s]["spectrum"][0],
          "SFT's own change", lambda s: M[s]["spectrum"][0]),
-        ("C13b", 2, "singular vectors rotate, more than by chance", "mean principal angle "
-         "(degrees), SFT minus random update",
-         lambda s: M[s]["spectrum"][1] - M[s]["spectrum_null"][1],
+        ("C13b", "2", "singular vectors rotate, more than by chance", "mean principal angle in "
+         "degrees, SFT minus random update of equal spectrum",
+         lambda s: M[s]["spectrum"][1] - M[s]["spectrum_same"][1],
          "SFT's own angle", lambda s: M[s]["spectrum"][1]),
-        ("C13c", 2, "rotation tracks OOD loss", "rank correlation over checkpoints",
-         tracks("angles"), "distance instead of angle", tracks("norms")),
-        ("C13d", 2, "restoring early vectors restores OOD", "OOD, late model with early vectors "
-         "minus late model", restored("directions"), "early values only", restored("values")),
-        ("C13e", 2, "more than a straight step back as long", "OOD, early vectors minus "
-         "interpolation by the same norm (all the way at most)",
-         minus(restored("directions"), restored("straight")),
-         "interpolation's own gain", restored("straight")),
-        *(("C14" + "ab"[kind], 1, "clip drifts less in latent space", f"{name} where ID first "
-           "reaches .9, SFT minus clip", minus(*(matched(m, lambda s, i, n, m=m, k=kind:
-                                                         M[s]["drift"][m][i][k])
-                                                 for m in ("sft", "clip"))))
-          for kind, name in ((0, "PCA-centroid drift"), (1, "mean shift"))),
-        *((f"B {m}", "", f"clip beats {m}", "frontier, clip minus it", versus(area, "clip", m))
-          for m in dict.fromkeys(m for m, _ in sft)
-          if m not in ("sft", "clip") and not m.startswith("mask") and ":steps=" not in m
-          and more not in m),
-        ("B mix", "", "clip beats base-SFT interpolation", "frontier, clip minus SFT with its "
+        ("C13c", "2", "rotation tracks OOD loss, more than distance does", "rank correlation over "
+         "starts with the angle from the base, minus with the norm of the update",
+         minus(tracks("angles"), tracks("norms")), "with the angle", tracks("angles")),
+        ("C13d", "2", "restoring early vectors restores OOD", "OOD, late model with the leading "
+         "fifth of the early vectors minus late model", restored("fifth"),
+         "early values only", restored("values")),
+        ("C13e", "2", "more than a straight step back as long", "OOD, early vectors minus "
+         "interpolation by the same norm", minus(restored("fifth"), restored("straight")),
+         "all early vectors instead of a fifth", restored("all")),
+        ("C14a", "1", "clip drifts less in latent space", "mean shift on other tasks where ID "
+         "first reaches .9, SFT minus clip", drift("drift", 1),
+         "on the task itself", drift("drift_task", 1)),
+        ("C14b", "1", "by the paper's measure", "PCA-centroid drift, the same", drift("drift", 0),
+         "on the task itself", drift("drift_task", 0)),
+        *((f"B {m}", "", f"clip against {m}", "frontier, clip minus it", versus(area, "clip", m),
+           "OOD at its last step", versus(last, "clip", m, "ood"))
+          for m in last_step if m not in ("sft", "clip", *long.values()) and more not in m),
+        ("B mix", "", "clip against base-SFT interpolation", "frontier, clip minus SFT with its "
          "interpolations", minus(area("clip"), lambda s: frontier_area(
-             [(r["id"], r["ood"]) for r in run("sft", s)] + [tuple(p) for p in
-                                                             M[s]["interpolation"]]))),
+             [(r["id"], r["ood"]) for r in run("sft", s)]
+             + [(p["id"], p["ood"]) for p in M[s]["interpolation"]]))),
     ]
 
     def over_seeds(f):
         values = []
-        for s in sorted(M):
+        for s in sorted({s for _, s in sft}):
             try:
                 values.append(f(s))
             except LookupError:     # a run that is not in this folder
@@ -479,28 +578,29 @@ def claims(rows, measured, rl_from):
         values = over_seeds(effect)
         if len(values) < 2:
             continue
-        margin, (m, low, high) = 0.02 * (id == "C6"), paired_ci(values)
+        m, low, high, said, sure = verdict(values, not_worse=id == "C6")
         out.append(dict(id=id, paper=paper, claim=text, metric=metric, effect=m, ci=[low, high],
-                        n=len(values), verdict="holds" if low > -margin else
-                        "opposite" if high < -margin else "no difference"))
-        if control and (others := over_seeds(control[1])):
+                        n=len(values), verdict=said, sure=sure))
+        if control and len(others := over_seeds(control[1])) > 1:
             m, low, high = paired_ci(others)
             out[-1] |= dict(control=control[0], control_effect=m, control_ci=[low, high])
     return out
 
 
 def claims_table(found):
-    """The claims as a Markdown table."""
+    """The claims as a Markdown table; bold where the 99.9 % interval says the same."""
     def number(m, ci):
         return f"{m:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]"
-    lines = ["| id | claim: what was measured | effect [95 % CI] | n | control | verdict |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| id | paper | claim: what was measured | effect [95 % CI] | n | beside it | verdict "
+             "|", "|---|---|---|---|---|---|---|"]
     for r in found:
         control = ""
         if "control" in r:
             control = f"{r['control']}: {number(r['control_effect'], r['control_ci'])}"
-        lines.append(f"| {r['id']} | {r['claim']}: {r['metric']} | {number(r['effect'], r['ci'])} "
-                     f"| {r['n']} | {control} | **{r['verdict']}** |")
+        bold = "**" * r["sure"]
+        lines.append(f"| {r['id']} | {r['paper']} | {r['claim']}: {r['metric']} | "
+                     f"{number(r['effect'], r['ci'])} | {r['n']} | {control} | "
+                     f"{bold}{r['verdict']}{bold} |")
     return "\n".join(lines) + "\n"
 
 
@@ -692,9 +792,9 @@ def study_figure(plt, rows, measured, rl_from, path):
     heal.axhline(0, color="black", lw=0.8)
     heal.set(title="OOD accuracy gained by GRPO", xlabel="SFT updates before GRPO", xscale="log",
              ylabel="accuracy after minus before")
-    drift.set(title="Latent drift from the base", xlabel="SFT updates", ylabel="distance",
+    drift.set(title="Latent drift on other tasks", xlabel="SFT updates", ylabel="distance",
               xscale="log")
-    for since, s, color in zip((8, 30, 200), (12, 60, 300), COLORS[2:]):
+    for since, s, color in zip((8, 30, 200), (16, 60, 300), COLORS[2:]):
         bins = [r["clip_bins"] for r in rows if r["method"] == "clip" and r["stage"] == "sft"
                 and r["step"] == s]
         if bins:
@@ -702,12 +802,10 @@ def study_figure(plt, rows, measured, rl_from, path):
                  f"updates {since + 1} to {s}", marker=".")
     clip.set(title="Tokens clipped, by base probability", xlabel="base probability of the token",
              ylabel="fraction clipped", ylim=(-0.02, 1.02))
-    band(spin, rl_from, [[measured[s]["angles"][i] for s in seeds] for i in range(len(rl_from))],
-         COLORS[0], "sft, from its early checkpoint", marker=".")
-    null = [measured[s]["spectrum_null"][1] for s in seeds]
-    m, low, high = paired_ci(null)
-    spin.errorbar([rl_from[-1] * 1.08], [m], [[m - low], [high - m]], fmt="s", color="black",
-                  capsize=3, label="random update of the last one's norm")
+    for key, color, label in (("angles", COLORS[0], "sft, from the base"),
+                              ("angles_null", "black", "random update of equal norm")):
+        band(spin, rl_from, [[measured[s][key][i] for s in seeds] for i in range(len(rl_from))],
+             color, label, marker=".")
     spin.set(title="Rotation of singular vectors", xlabel="SFT updates", xscale="log",
              ylabel="mean principal angle, degrees")
     for ax in (heal, clip, spin, drift):
@@ -746,8 +844,7 @@ def report(run):
     atomic_write(run / "summary.json", json.dumps(dict(lines), indent=1).encode())
     measured = {int(p.name[1:].split("-")[0]): json.loads(p.read_text(encoding="utf-8"))
                 for p in (run / "cells").glob("s*-measure.json")}
-    if measured:
-        found = claims(rows, measured, rl_from)
+    if found := claims(rows, measured, rl_from):
         atomic_write(run / "claims.json", json.dumps(found, indent=1).encode())
         atomic_write(run / "claims.md", claims_table(found).encode())
         print("\n" + claims_table(found))

@@ -1,6 +1,6 @@
 """model.py - a GPT-2 in one file, with a key-value cache that decodes all rows together.
 
-Parameters are named as in GPT-2 and nanoGPT, so a state dict moves between them unchanged.
+Parameters are named as in GPT-2; a state dict moves to and from nanoGPT unchanged.
 Shapes: B rows, T tokens, C channels, H heads, D = C / H, V vocabulary, N response tokens.
 Run it for the parameter table and the measured speed of this machine.
 """
@@ -29,8 +29,8 @@ class GPTConfig:
     vocab_size: int = 124
     block_size: int = 40     # longest sequence, prompt and response together
     n_layer: int = 3
-    n_head: int = 4
-    n_embd: int = 96
+    n_head: int = 2
+    n_embd: int = 64
 
 
 class Attention(nn.Module):
@@ -89,8 +89,8 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(c) for _ in range(c.n_layer)), ln_f=nn.LayerNorm(c.n_embd)))
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight              # tied
-        # GPT-2's 0.02 belongs to its width of 768: narrower models need larger weights (at width 96
-        # the sums are learnt in 2/3 of the steps). Residual projections start smaller, by depth.
+        # GPT-2's 0.02 belongs to its width of 768: a narrower model learns faster from larger
+        # weights. Residual projections start smaller, by depth.
         std = 0.02 * math.sqrt(768 / c.n_embd)
         for name, p in self.named_parameters():
             if p.dim() >= 2:

@@ -334,9 +334,16 @@ def test_run_folders_are_guarded(tmp_path):
     clipsft.prepare([*args, "--resume"])
     with pytest.raises(BadInput, match="--lr"):
         clipsft.prepare([*args, "--resume", "--lr", "0.1"])
-    clipsft.prepare([*args, "--resume", "--methods", "dft", "--seeds", "2", "--rl_from", "8"])
+    # the folder says the rest: a method, a seed, and the RL of a new method can be added
+    c = clipsft.prepare(["--out_dir", str(out), "--resume", "--methods", "dft", "--seeds", "2",
+                         "--rl_methods", "dft"])
+    assert (c.preset, c.methods, c.seeds, c.eval_n, c.rl_from) == ("smoke", ["dft"], 2, 16, [8])
     config = json.loads((out / "config.json").read_text())
     assert config["methods"] == ["sft", "clip", "dft"] and config["seeds"] == 2
+    assert config["rl_methods"] == ["sft", "clip", "dft"]
+    clipsft.prepare(["--out_dir", str(out), "--resume", "--methods", "kl"])
+    with pytest.raises(BadInput, match="--rl_methods kl"):      # kl has kept no checkpoints
+        clipsft.prepare(["--out_dir", str(out), "--resume", "--rl_methods", "kl"])
     (out / "config.json").write_text("{torn")
     with pytest.raises(BadInput, match="config.json"):
         clipsft.prepare([*args, "--resume"])
