@@ -4,8 +4,8 @@
     python clipsft.py --seeds 10                      the claims study (then: python eval.py RUN)
     python clipsft.py --methods sft clip:eps_high=0.1 --seeds 3       test a hypothesis
 
-Every method is a per-token loss in METHODS; data order and number of updates are the same for all.
-A method may carry its own settings: clip:eps_high=0.4,old_every=24 or sft:lr=1e-4.
+Every method is a per-token loss in METHODS; data order and number of updates are the same for all,
+unless a method carries its own settings: clip:eps_high=0.4,old_every=24 or sft:lr=1e-4.
 """
 import copy
 import dataclasses
@@ -108,9 +108,11 @@ def left_out(base_logp, mask, noise, mask_p):
                 loss=first(noise, n_loss))
 
 
-# b holds, for the batch at hand, (B, T-1) tensors: logp; old_logp and base_logp, of the old policy
-# and of the base; mask; fresh, uniform and new at each step; low, random, high, loss: see left_out.
-# c is the Config.
+# A method maps b, the batch at hand, and c, the Config, to a loss per token (B, T-1); what it says
+# outside b.mask does not count. b.logp carries the gradient; b.old_logp and b.base_logp are those
+# of the old policy and of the base; b.fresh is uniform noise, new at each step; b.low, b.random,
+# b.high, b.loss: see left_out; all (B, T-1). b.ids and b.ids_mask (B, T), b.model and b.base are
+# there for a loss that needs more than log-probabilities.
 METHODS = {
     "sft": lambda b, c: sft_loss(b.logp),
     "clip": lambda b, c: clip_loss(b.logp, b.old_logp, c.eps_low, c.eps_high),
@@ -319,9 +321,8 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
     compiled(model, c.compile)
     per_epoch = -(-N // c.batch_size)
     for step in range(start, c.steps):
-        # Every K updates the policy as it stands becomes the old policy. With K larger than an
-        # epoch tokens meet their own ratio again within one refresh (paper 1: 3 passes over the
-        # same data).
+        # Every K updates the policy as it stands becomes the old policy. Where K is several epochs
+        # (here 3, as in paper 1) a token is trained more than once against the same old policy.
         if step % c.old_every == 0 and name in NEED_OLD:
             with torch.no_grad(), autocast(dev, c.dtype):
                 old_logp = response_logprobs(model, ids, mask)
@@ -520,7 +521,7 @@ def prepare(argv):
     """Command line -> config, checked whole; run folder made or, with --resume, compared."""
     c = parse(Config, argv, __doc__, PRESETS)
     if c.resume:    # what is not given on the command line is as in the run
-        kept = {k: v for k, v in ev.read_config(c.out_dir).items() if k not in ("versions", "resume")}
+        kept = {k: v for k, v in ev.read_config(c.out_dir).items() if k in vars(c) and k != "resume"}
         c = parse(Config, argv, __doc__, {c.preset: kept})
     study = c.seeds > 1
     c.methods = list(dict.fromkeys(c.methods or (STUDY if study else ["sft", "clip"])))
@@ -554,7 +555,7 @@ def prepare(argv):
                 f"--{k} ({old.get(k)}, now {config[k]})" for k in differ))
         # A resumed run may be given further methods or seeds: it then computes those alone.
         if bare := set(c.rl_methods) - set(old["rl_methods"]) & set(old["methods"]) - {"none"}:
-            raise BadInput(f"--rl_methods {' '.join(bare)}: run here without checkpoints for GRPO to "
+            raise BadInput(f"--rl_methods {' '.join(bare)}: has kept no checkpoints here for GRPO to "
                            "start from; use another folder")
         for k in ("methods", "rl_methods"):
             config[k] = list(dict.fromkeys(old[k] + getattr(c, k)))

@@ -123,8 +123,9 @@ def representation_drift(layers0, layers1):
     -> (PCA centroid distance, mean shift).
 
     The first is paper 1's code: project on the first two principal components of layers0, average
-    over texts, then over layers, signs included, so that opposite shifts cancel. The second does
-    not: mean over layers of || mean(h1) - mean(h0) ||."""
+    over texts, then over layers. Each layer's components have arbitrary signs, so layers may cancel
+    or add up by chance. The second has no such fault: mean over layers of
+    || mean(h1) - mean(h0) ||."""
     points, shifts = [], []
     for h0, h1 in zip(layers0, layers1):
         _, _, V = torch.linalg.svd(h0 - h0.mean(0), full_matrices=False)

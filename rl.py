@@ -132,7 +132,8 @@ def grpo_step(model, opt, c, step, seed, ref=None):
     if not useful.any() and not c.kl_coef:
         return stats                              # nothing to learn from: counted, not hidden
     # Groups without spread have no policy gradient: they are not even scored, and the means below
-    # are over the rows that are left (DAPO's dynamic sampling). A KL term does act on them.
+    # are over the rows that are left (DAPO's filter; DAPO also refills the batch). A KL term does
+    # act on them.
     keep = (useful | (c.kl_coef > 0)).repeat_interleave(c.rl_group).to(dev)  # (B,)
     ids, mask = trim(ids[keep], mask[keep])
     adv = adv.flatten().to(dev)[keep][:, None]                               # (B, 1)

@@ -51,6 +51,9 @@ def test_the_pure_functions_work_when_pasted_alone():
     assert paste(rl.masked_mean)["masked_mean"](logp, mask).item() == -1
     assert paste(rl.kl_exact)["kl_exact"](logp, logp).item() == 0
     assert paste(rl.kl_k3)["kl_k3"](logp, logp).tolist() == [[0, 0]]
+    z = torch.tensor([[[0.0, 0.0]]])
+    assert paste(M.token_logprobs)["token_logprobs"](z, torch.tensor([[1]])).item() == \
+        pytest.approx(-0.6931472)
     assert paste(ev.principal_angles)["principal_angles"](W, 2 * W, 2)[0].max() < 1e-6
     assert torch.allclose(paste(ev.singular_value_shift)["singular_value_shift"](W, 2 * W),
                           torch.ones(3).double())
