@@ -117,9 +117,9 @@ class GPT(nn.Module):
         prompts (B/n, P) right-padded, lengths (B/n,). Returns ids (B, P + max_new), each response
         right behind its own prompt and pad after it, and mask (B, P + max_new), True at sampled
         tokens, EOS included: data.batch's convention, ready for a loss. A row without EOS was
-        truncated. temperature 0 is greedy. No left padding: each row decodes at its own position,
-        so its logits do not depend on the rows beside it. ValueError if prompt and response exceed
-        block_size."""
+        truncated. temperature 0 is greedy. Prompts may differ in length (those of the cards do not):
+        without left padding each row decodes at its own position, so its logits do not depend on
+        the rows beside it. ValueError if prompt and response exceed block_size."""
         P, dev, c = prompts.shape[1], prompts.device, self.config
         S = P + max_new
         if S > c.block_size:
@@ -143,7 +143,9 @@ class GPT(nn.Module):
             done = torch.zeros(rows, dtype=torch.bool, device=dev)
             for t in range(max_new):
                 logits = self.lm_head(self.transformer.ln_f(x)).float()      # (rows, V)
-                if temperature > 0:    # the first token whose cumulative probability exceeds u
+                if temperature > 0:
+                    # The first token whose cumulative probability exceeds u: torch.multinomial does
+                    # the same more slowly.
                     cdf = (logits / temperature).softmax(-1).cumsum(-1)
                     u = torch.rand(len(row), 1, device=dev, generator=generator) * cdf[:, -1:]
                     token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=c.vocab_size - 1)
@@ -151,10 +153,12 @@ class GPT(nn.Module):
                     token = logits.argmax(-1)
                 ids[row, pos] = token
                 done = done | (token == eos)
+                # Drop the rows that have finished, once they are many. A look waits for the device:
+                # look rarely.
                 if t % 4 == 3 and (kept := (~done).sum().item()) < 0.8 * len(row):
                     if not kept:
-                        break                          # a look waits for the device: look rarely,
-                    live = ~done                       # and drop the rows that have finished
+                        break
+                    live = ~done
                     row, pos, token, done = row[live], pos[live], token[live], done[live]
                     cache = cache[:, :, live]
                 k = P + t + 1                                                # slots in use
