@@ -117,7 +117,7 @@ class GPT(nn.Module):
         prompts (B/n, P) right-padded, lengths (B/n,). Returns ids (B, P + max_new), each response
         right behind its own prompt and pad after it, and mask (B, P + max_new), True at sampled
         tokens, EOS included: data.batch's convention, ready for a loss. A row without EOS was
-        truncated. temperature 0 is greedy. Prompts may differ in length (those of the cards do not):
+        truncated. temperature 0 is greedy. Prompts may differ in length (the cards' do not):
         without left padding each row decodes at its own position, so its logits do not depend on
         the rows beside it. ValueError if prompt and response exceed block_size."""
         P, dev, c = prompts.shape[1], prompts.device, self.config
