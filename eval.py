@@ -815,7 +815,8 @@ def study_figure(plt, rows, measured, rl_from, path):
     spin.set(title="Rotation of singular vectors", xlabel="SFT updates", xscale="log",
              ylabel="mean principal angle, degrees")
     for ax in (heal, clip, spin, drift):
-        ax.legend(frameon=False, fontsize=9)
+        if ax.lines:
+            ax.legend(frameon=False, fontsize=9)
         if ax is not clip:
             ticks = [a for a, b in zip(rl_from, rl_from[1:] + [1e9]) if b > 1.4 * a]
             ax.set_xticks(ticks, ticks)

@@ -402,6 +402,26 @@ def test_smoke_run_writes_what_it_promises(finished, capsys):
     assert text.count("values") == 2 and text.count("s0-clip-8-rl") == 2
 
 
+def test_a_study_measures_its_checkpoints_once(finished):
+    out = finished.parent / "study"              # the base is taken from the cache beside it
+    clipsft.main(["--preset", "smoke", "--workers", "1", "--rl_from", "2", "4", "6", "8",
+                  "--rl_steps", "1", "--lr", "1e-2", "--out_dir", str(out)])
+    path = out / "cells" / "s0-measure.json"
+    m, before = json.loads(path.read_text()), path.stat().st_mtime_ns
+    assert m["early"] in (2, 4, 6) and len(m["angles"]) == len(m["norms"]) == 4
+    assert sorted(m["norms"]) == m["norms"] and m["norms"][0] > 0          # SFT moves on and on
+    base, sft = (load_checkpoint(out / "ckpt" / f"s0-{n}.pt")[0] for n in ("base", "sft-2"))
+    moved = [(q - p).pow(2).sum() for (n, p), q in zip(base.transformer.h.named_parameters(),
+                                                       sft.transformer.h.parameters())
+             if p.dim() == 2]
+    assert m["norms"][0] == pytest.approx(sum(moved).sqrt().item())
+    assert all(0 < angle < 90 for _, angle in (m["spectrum"], m["spectrum_null"]))
+    assert 0 < m["share"] <= 1 and len(m["restore"]) == 5 and len(m["interpolation"]) == 3
+    assert all(v > 0 for pairs in m["drift"].values() for _, v in pairs)
+    clipsft.main(["--resume", "--out_dir", str(out)])
+    assert path.stat().st_mtime_ns == before     # what is finished is not computed again
+
+
 def test_kill_and_resume_gives_the_same_bytes(finished, tmp_path):
     """kill -9 at random moments, then --resume: the same metrics, in another process, with workers."""
     rng, out, kills = random.Random(time.time_ns()), tmp_path / "b", 0
