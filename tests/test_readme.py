@@ -132,7 +132,8 @@ def test_files_and_commands_named_exist():
     for name in re.findall(r"\]\(([\w/.]+)\)", README):
         assert (ROOT / name).exists(), name
     flags = {f"--{f.name}" for f in clipsft.dataclasses.fields(clipsft.Config)}
-    flags |= {"--show", "--init", "--out", "--threads"}
+    flags |= {f"--{f.name}" for f in clipsft.dataclasses.fields(M.Bench)}
+    flags |= {"--show", "--init", "--out"}
     for flag in re.findall(r"--[a-z_]+", README):
         assert flag in flags, flag
 
