@@ -521,8 +521,8 @@ def prepare(argv):
     """Command line -> config, checked whole; run folder made or, with --resume, compared."""
     c = parse(Config, argv, __doc__, PRESETS)
     if c.resume:    # what is not given on the command line is as in the run
-        kept = {k: v for k, v in ev.read_config(c.out_dir).items() if k in vars(c) and k != "resume"}
-        c = parse(Config, argv, __doc__, {c.preset: kept})
+        kept = {k: v for k, v in ev.read_config(c.out_dir).items() if k in vars(c)}
+        c = parse(Config, argv, __doc__, {c.preset: kept | dict(resume=True)})
     study = c.seeds > 1
     c.methods = list(dict.fromkeys(c.methods or (STUDY if study else ["sft", "clip"])))
     c.rl_from = sorted(set(c.rl_from or (STUDY_RL if study else [100, 300])))
@@ -555,8 +555,8 @@ def prepare(argv):
                 f"--{k} ({old.get(k)}, now {config[k]})" for k in differ))
         # A resumed run may be given further methods or seeds: it then computes those alone.
         if bare := set(c.rl_methods) - set(old["rl_methods"]) & set(old["methods"]) - {"none"}:
-            raise BadInput(f"--rl_methods {' '.join(bare)}: has kept no checkpoints here for GRPO to "
-                           "start from; use another folder")
+            raise BadInput(f"--rl_methods {' '.join(bare)}: has kept no checkpoints here for GRPO "
+                           "to start from; use another folder")
         for k in ("methods", "rl_methods"):
             config[k] = list(dict.fromkeys(old[k] + getattr(c, k)))
         config["seeds"] = max(old["seeds"], c.seeds)
