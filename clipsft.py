@@ -30,9 +30,9 @@ from tqdm import tqdm
 import data
 import eval as ev
 from model import (GPT, BadInput, GPTConfig, adamw, arg, atomic_write, autocast, check, compiled,
-                   generator, load_checkpoint, parse, pick_device, response_logits,
+                   generator, kl_exact, load_checkpoint, parse, pick_device, response_logits,
                    response_logprobs, run_main, save_checkpoint, trim, update)
-from rl import RLConfig, clipped_surrogate, grpo, kl_exact, masked_mean, micro_batches
+from rl import RLConfig, clipped_surrogate, grpo, masked_mean, micro_batches
 
 
 # --------------------------------------------------------------------------------- per-token losses
@@ -393,7 +393,7 @@ def run_cell(c, spec, seed, report):
         """Rows of a unit of work from its file, or from work(state, path)."""
         done, part = out / "cells" / f"{tag}.json", out / "cells" / f"{tag}.part"
         if done.exists():
-            rows = json.loads(done.read_text(encoding="utf-8"))
+            rows = ev.read_json(done)
             report(cell=name, skipped=rows[-1]["step"])
             return rows
         state = None
@@ -513,7 +513,7 @@ def collect(out):
             tags += [slug(f"s{seed}", m, s, "rl") for s in config["rl_from"]]
         for tag in tags:
             if (cells / f"{tag}.json").exists():
-                rows += json.loads((cells / f"{tag}.json").read_text(encoding="utf-8"))
+                rows += ev.read_json(cells / f"{tag}.json")
     return rows
 
 
@@ -580,7 +580,7 @@ def able(c):
     before any method has seen them, and named."""
     out = []
     for seed in range(c.seed, c.seed + c.seeds):
-        row = json.loads((Path(c.out_dir) / "cells" / f"s{seed}-base.json").read_text())[0]
+        row = ev.read_json(Path(c.out_dir) / "cells" / f"s{seed}-base.json")[0]
         if row["answer_random"] >= c.min_base:
             out.append(seed)
         else:

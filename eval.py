@@ -3,7 +3,6 @@
     python eval.py runs/main              re-report a run
     python eval.py runs/main --show 4     read what its checkpoints answer
 """
-import argparse
 import copy
 import functools
 import itertools
@@ -17,8 +16,8 @@ from pathlib import Path
 import torch
 
 import data
-from model import (BadInput, atomic_write, generator, load_checkpoint, response_logits, run_main,
-                   token_logprobs)
+from model import (BadInput, Parser, atomic_write, generator, kl_exact, load_checkpoint,
+                   response_logits, run_main, token_logprobs)
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -84,8 +83,7 @@ def evaluate(model, c, base=None):
     logits = response_logits(model, ids, mask)
     row["nll"] = -token_logprobs(logits, ids[:, 1:][mask[:, 1:]]).mean().item()
     if base is not None:
-        logq, logp = (x.float().log_softmax(-1) for x in (response_logits(base, ids, mask), logits))
-        row["kl_base"] = (logq.exp() * (logq - logp)).sum(-1).mean().item()
+        row["kl_base"] = kl_exact(response_logits(base, ids, mask), logits).mean().item()
     return row
 
 
@@ -267,7 +265,7 @@ def measure(run, c, seed, report):
 
     # Spectra of the last checkpoint against the early one, the best of the starts on OOD half a,
     # beside two random updates of equal norm: of any spectrum, and of the same.
-    rows = {r["step"]: r for r in json.loads((cells / f"s{seed}-sft.json").read_text())}
+    rows = {r["step"]: r for r in read_json(cells / f"s{seed}-sft.json")}
     first = max(range(len(steps) - 1), key=lambda i: rows[steps[i]]["ood_a"])
     early, late = models["sft"][first], models["sft"][-1]
     W0, W1 = matrices(early), matrices(late)
@@ -290,7 +288,6 @@ def measure(run, c, seed, report):
         U, V = (torch.linalg.qr(noise(a.new_empty(size, len(s)), n, side))[0]
                 for side, size in enumerate(a.shape))
         return a + U * s @ V.T
-    out["early"] = steps[first]
     out["spectrum"] = spectrum([(W0[n], W1[n]) for n in W0])
     out["spectrum_null"] = spectrum([(W0[n], any_update(W0[n], W1[n], n)) for n in W0])
     out["spectrum_same"] = spectrum([(W0[n], same_spectrum(W0[n], W1[n], n)) for n in W0])
@@ -311,7 +308,6 @@ def measure(run, c, seed, report):
         straight=score(with_matrices(late, lambda n, w: w + share[n] * (W0[n] - w))),
         all=score(with_matrices(late, lambda n, w: restore_directions(W0[n], w))),
         values=score(with_matrices(late, lambda n, w: restore_directions(w, W0[n]))))
-    out["share"] = mean(x.item() for x in share.values())
 
     # Plain interpolation between base and SFT, the cheap baseline.
     out["interpolation"] = []
@@ -609,12 +605,21 @@ def claims_table(found):
 
 
 # --------------------------------------------------------------------------------------- the report
+def read_json(path):
+    """A JSON file of a run folder, or BadInput."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BadInput(f"cannot read {path}: {e} (a file in cells/ may be deleted: --resume then "
+                       "computes it anew)")
+
+
 def read_config(run):
     """config.json of a run folder, or BadInput."""
-    try:
-        return json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{run} is not a run folder: config.json: {e}")
+    config = read_json(Path(run) / "config.json")
+    if not isinstance(config, dict) or not {"seed", "methods", "rl_from"} <= config.keys():
+        raise BadInput(f"{run}/config.json is not that of a run")
+    return config
 
 
 def read_rows(run):
@@ -851,7 +856,7 @@ def report(run):
     lines = summary(rows)
     print("\n" + table(lines))
     atomic_write(run / "summary.json", json.dumps(dict(lines), indent=1).encode())
-    measured = {int(p.name[1:].split("-")[0]): json.loads(p.read_text(encoding="utf-8"))
+    measured = {int(p.name[1:].split("-")[0]): read_json(p)
                 for p in (run / "cells").glob("s*-measure.json")}
     if found := claims(rows, measured, rl_from):
         atomic_write(run / "claims.json", json.dumps(found, indent=1).encode())
@@ -907,14 +912,15 @@ def show(run, n):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("--show", type=int, default=0, help="print this many OOD problems and what "
                         "each checkpoint answers, the first wrong step in [brackets]")
     args = parser.parse_args(argv)
     read_config(args.run)
-    show(args.run, args.show) if args.show > 0 else report(args.run)
+    if args.show < 0:
+        raise BadInput(f"--show {args.show}: a number of problems, or none")
+    show(args.run, args.show) if args.show else report(args.run)
 
 
 if __name__ == "__main__":

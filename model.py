@@ -188,6 +188,13 @@ def token_logprobs(logits, targets):
     return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
+def kl_exact(logits, ref_logits):
+    """KL(pi || ref) per position over the whole vocabulary: (..., V), (..., V) -> (...), nats."""
+    logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    # KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v))          SFT-KL of PSFT, 2508.17784
+    return (logp.exp() * (logp - ref_logp)).sum(-1)
+
+
 def response_logits(model, ids, mask):
     """Logits only where a loss needs them: ids, mask (B, T) -> (N, V) at the N response tokens, in
     row order. Position t predicts token t+1, hence the shift."""
@@ -336,15 +343,19 @@ def check(config):
     return config
 
 
+class Parser(argparse.ArgumentParser):
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise BadInput(message + " (see --help)")
+
+
 def parse(cls, argv, doc, presets=None):
     """Command line -> a checked instance of the dataclass cls: one flag a field, defaults from the
     preset. Anything unknown or impossible is BadInput, before anything is computed or written."""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(message):
-        raise BadInput(message + " (see --help)")
-    parser.error = error
+    parser = Parser(doc)
     for f in fields(cls):
         default = f.default if f.default is not MISSING else f.default_factory()
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
@@ -401,7 +412,8 @@ def main(argv=None):
     torch.set_num_threads(c.threads or torch.get_num_threads())
     torch.manual_seed(0)
     model = GPT(GPTConfig(c.vocab_size, T, c.n_layer, c.n_head, c.n_embd)).to(dev)
-    opt, n = adamw(model, 1e-4), sum(p.numel() for p in model.parameters())
+    opt, usual = adamw(model, 1e-4), torch.optim.AdamW(model.parameters(), 1e-4)
+    n = sum(p.numel() for p in model.parameters())
     for name in ("wte", "wpe", "attn", "mlp", "ln_"):
         print(f"{name:>6} {sum(p.numel() for k, p in model.named_parameters() if name in k):>12,}")
     print(f"{'all':>6} {n:>12,} parameters (the head is wte)")
@@ -421,12 +433,12 @@ def main(argv=None):
     last = (mask * torch.arange(1, T + 1, device=dev)).amax(1)    # (rows,), padding begins here
     tokens = int(last.sum())
 
-    def plain():     # what one would write first: padded rows, logits at every position
+    def plain():     # what one would write first: padded rows, all logits, plain AdamW
         with autocast(dev, c.dtype):
             target = torch.where(mask, ids, -100)[:, 1:].flatten()
             loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1).float(), target)
         loss.backward()
-        update(model, opt, 1e-4)
+        update(model, usual, 1e-4)
 
     def ours():      # as clipsft.py pre-trains: short rows together, no padding behind them
         for rows in last.argsort().chunk(2):

@@ -57,13 +57,6 @@ def masked_mean(x, mask, how="token", budget=1):
     return x.sum() / (len(x) * budget)
 
 
-def kl_exact(logits, ref_logits):
-    """KL(pi || ref) per position over the whole vocabulary: (..., V), (..., V) -> (...), nats."""
-    logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
-    # KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v))          SFT-KL of PSFT, 2508.17784
-    return (logp.exp() * (logp - ref_logp)).sum(-1)
-
-
 def kl_k3(logp, ref_logp):
     """Schulman's k3 estimate of KL(pi || ref) at tokens sampled from pi, (B, T) -> (B, T) nats:
     unbiased and never negative. (Differentiated, it is the gradient of KL(ref || pi).)"""
@@ -209,9 +202,10 @@ def main(argv=None):
             bar.set_postfix({k: f"{v:.2f}" for k, v in stats.items()})
             bar.update()
         stats = grpo(model, c, c.seed, tick=tick)
+        seconds = bar.format_dict["elapsed"] / c.rl_steps
     rows.append((f"after {c.rl_steps} GRPO steps", evaluate(model, c) | stats))
     save_checkpoint(c.out, model)
-    print(table(rows))
+    print(f"{table(rows)}\n{seconds:.2f} s a GRPO step")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import torch
 
 import clipsft
 import data
+import eval as ev
+import model
 import rl
 from clipsft import Config, clip_loss, dft_loss, finetune, settings_of, sft_loss
 from model import BadInput, load_checkpoint, response_logprobs, run_main
-from model import main as model_main
 
 ROOT = Path(clipsft.__file__).parent
 SMALL = Config(steps=6, eval_n=16, demos=12, batch_size=4, old_every=3)
@@ -317,6 +318,25 @@ def test_bad_command_lines_are_one_line(line, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+BAD_ELSEWHERE = [
+    (rl, ""), (rl, "--init none.pt"), (rl, "--init . --out nowhere/x.pt"), (rl, "--init . --out ."),
+    (rl, "--init . --rl_lr 0"), (rl, "--init . --rl_eps_low 1"), (rl, "--init . --device cpu0"),
+    (rl, "--init . --lr 1"), (rl, "x.pt"), (rl, "--init ."), (ev, ""), (ev, "nowhere"), (ev, "."),
+    (ev, ". --show x"), (ev, ". --show"), (ev, ". --all"), (ev, ". ."), (model, "--n_embd 65"),
+    (model, "--block_size 7"), (model, "--vocab_size 1"), (model, "--rows 0"), (model, "--rows 2.5"),
+    (model, "--sample_rows 7"), (model, "--threads -1"), (model, "--dtype fp16"), (model, "now"),
+]
+
+
+@pytest.mark.parametrize("module, line", BAD_ELSEWHERE)
+def test_bad_command_lines_of_the_other_programs(module, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput) as e:
+        module.main(line.split())
+    assert "\n" not in str(e.value) and len(str(e.value)) > 15
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_where_there_is_none(tmp_path):
     for args in (["--device", "cuda"], ["--preset", "gpu"]):
@@ -408,7 +428,7 @@ def test_a_study_measures_its_checkpoints_once(finished):
                   "--rl_steps", "1", "--lr", "1e-2", "--out_dir", str(out)])
     path = out / "cells" / "s0-measure.json"
     m, before = json.loads(path.read_text()), path.stat().st_mtime_ns
-    assert m["early"] in (2, 4, 6) and len(m["angles"]) == len(m["norms"]) == 4
+    assert len(m["angles"]) == len(m["norms"]) == 4
     assert sorted(m["norms"]) == m["norms"] and m["norms"][0] > 0          # SFT moves on and on
     base, sft = (load_checkpoint(out / "ckpt" / f"s0-{n}.pt")[0] for n in ("base", "sft-2"))
     moved = [(q - p).pow(2).sum() for (n, p), q in zip(base.transformer.h.named_parameters(),
@@ -416,7 +436,7 @@ def test_a_study_measures_its_checkpoints_once(finished):
              if p.dim() == 2]
     assert m["norms"][0] == pytest.approx(sum(moved).sqrt().item())
     assert all(0 < angle < 90 for _, angle in (m["spectrum"], m["spectrum_null"]))
-    assert 0 < m["share"] <= 1 and len(m["restore"]) == 5 and len(m["interpolation"]) == 3
+    assert len(m["restore"]) == 5 and len(m["interpolation"]) == 3
     assert all(v > 0 for pairs in m["drift"].values() for _, v in pairs)
     clipsft.main(["--resume", "--out_dir", str(out)])
     assert path.stat().st_mtime_ns == before     # what is finished is not computed again
@@ -452,6 +472,19 @@ def test_a_finished_run_is_not_computed_again_nor_overwritten(finished, monkeypa
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.endswith("--out_dir\n") and "Traceback" not in err
     assert (finished / "cells" / "s0-sft.json").stat().st_mtime_ns == stamp
+
+
+def test_a_damaged_part_of_a_run_is_named(finished):
+    cell = finished / "cells" / "s0-sft.json"
+    whole = cell.read_bytes()
+    try:
+        for damaged in (whole[:-9], b"", b"\xff" + whole[1:]):
+            cell.write_bytes(damaged)
+            with pytest.raises(BadInput, match=r"s0-sft.json.*\(a file in cells/ may be deleted"):
+                clipsft.main([*SMOKE, str(finished), "--resume"])
+    finally:
+        cell.write_bytes(whole)
+    clipsft.main([*SMOKE, str(finished), "--resume"])
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
@@ -497,5 +530,5 @@ def test_data_prints_its_problems(capsys):
 
 
 def test_model_prints_its_speed(capsys):
-    model_main(["--rows", "2", "--sample_rows", "8", "--n_embd", "8"])
+    model.main(["--rows", "2", "--sample_rows", "8", "--n_embd", "8"])
     assert "tokens/s" in capsys.readouterr().out

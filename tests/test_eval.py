@@ -241,6 +241,15 @@ def test_a_torn_last_line_is_left_out(tmp_path, capsys):
 def test_reports_of_nothing_are_refused(tmp_path):
     with pytest.raises(BadInput, match="config.json"):
         ev.read_config(tmp_path)
+    for text in ("{}", "[]", "{torn", '{"seed": 0}', "\x00"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(BadInput, match="config.json"):
+            ev.main([str(tmp_path)])
+    (tmp_path / "config.json").write_text('{"seed": 0, "methods": [], "rl_from": []}')
+    for args in ([], ["--show", "1"], ["--show", "-1"]):      # no metrics, no checkpoints, no sense
+        with pytest.raises(BadInput, match="metrics.jsonl|checkpoints|--show"):
+            ev.main([str(tmp_path), *args])
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 # ---- claims

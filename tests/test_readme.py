@@ -16,7 +16,7 @@ import rl
 
 ROOT = Path(clipsft.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = {"clipsft.py": clipsft, "eval.py": ev, "rl.py": rl}
+MODULES = {"clipsft.py": clipsft, "eval.py": ev, "model.py": M, "rl.py": rl}
 MAP = re.findall(r"^\| (.+?) \| (.+?) \| `(\w+\.py):(\w+)` \|$", README, re.M)
 
 
@@ -49,7 +49,7 @@ def test_the_pure_functions_work_when_pasted_alone():
     assert torch.allclose(clip(logp, old, 0.2, 0.28), torch.tensor([[-1.0, -1.28]]))
     assert paste(rl.group_advantage)["group_advantage"](torch.ones(1, 2)).tolist() == [[0, 0]]
     assert paste(rl.masked_mean)["masked_mean"](logp, mask).item() == -1
-    assert paste(rl.kl_exact)["kl_exact"](logp, logp).item() == 0
+    assert paste(M.kl_exact)["kl_exact"](logp, logp).item() == 0
     assert paste(rl.kl_k3)["kl_k3"](logp, logp).tolist() == [[0, 0]]
     z = torch.tensor([[[0.0, 0.0]]])
     assert paste(M.token_logprobs)["token_logprobs"](z, torch.tensor([[1]])).item() == \

@@ -8,8 +8,8 @@ from torch.distributions import Categorical, kl_divergence
 
 import data
 import rl
-from model import load_checkpoint, response_logprobs
-from rl import clipped_surrogate, group_advantage, kl_exact, kl_k3, masked_mean, micro_batches
+from model import kl_exact, load_checkpoint, response_logprobs
+from rl import clipped_surrogate, group_advantage, kl_k3, masked_mean, micro_batches
 
 
 # ---- the surrogate
