@@ -173,9 +173,10 @@ class Config(RLConfig):
 
 
 STUDY = ["sft", "clip", "sft:steps=3000", "clip:steps=3000", "sft:demos=256", "clip:demos=256",
-         "sft:lr=1e-4", "clip:lr=1e-4", "sft:lr=3e-5", "clip:lr=3e-5", "clip:eps_high=0.1",
-         "clip:eps_high=0.4", "clip:old_every=4", "mask_low", "mask_random", "mask_high",
-         "mask_loss", "dft", "ratio", "rest_random", "frozen", "kl", "rpsft"]
+         "sft:lr=1e-4", "clip:lr=1e-4", "sft:lr=3e-5", "clip:lr=3e-5", "sft:lr=1e-5",
+         "clip:lr=1e-5", "clip:eps_high=0.1", "clip:eps_high=0.4", "clip:old_every=4",
+         "clip:old_every=36", "mask_low", "mask_random", "mask_high", "mask_loss", "dft", "ratio",
+         "rest_random", "frozen", "kl", "rpsft"]
 STUDY_RL = [4, 8, 16, 30, 60, 100, 200, 300]
 PRESETS = {
     "cpu": {},

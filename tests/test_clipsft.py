@@ -56,7 +56,7 @@ def test_clip_loss_values_by_hand():
 def test_the_lower_bound_never_acts_and_likely_tokens_never_clip():
     logp, old = torch.rand(500).log(), torch.rand(500).log()
     assert torch.equal(clip_loss(logp, old, 0.01, 0.2), clip_loss(logp, old, 0.99, 0.2))
-    likely = torch.full((500,), 1 / 1.2 + 1e-4).log()      # p_old > 1/(1+eps): r cannot exceed 1+eps
+    likely = torch.full((500,), 1 / 1.2 + 1e-4).log()    # p_old > 1/(1+eps): r is below 1+eps
     free = clip_loss(logp, likely, 0.2, 0.2)
     assert torch.allclose(free, -(logp - likely).exp())
 
@@ -149,7 +149,7 @@ def record_updates(monkeypatch):
     return log
 
 
-def test_first_updates_of_sft_and_clip_are_the_same_and_equal_plain_cross_entropy(tiny, monkeypatch):
+def test_the_first_update_of_sft_and_of_clip_is_plain_cross_entropy(tiny, monkeypatch):
     log = record_updates(monkeypatch)
     monkeypatch.setattr(clipsft.ev, "evaluate", lambda *a: {})
     ids, mask = data.demonstrations(12, 0)
@@ -198,7 +198,8 @@ def test_same_data_order_for_all_methods_and_every_demonstration_once_an_epoch(t
     for name in ("sft", "clip", "dft"):
         seen = batches[name] = []
         real = clipsft.trim
-        monkeypatch.setattr(clipsft, "trim", lambda ids, *a: seen.append(ids.clone()) or real(ids, *a))
+        monkeypatch.setattr(clipsft, "trim",
+                            lambda ids, *a: seen.append(ids.clone()) or real(ids, *a))
         finetune(tiny, SMALL, name, 0)
         monkeypatch.setattr(clipsft, "trim", real)
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*batches.values()))
@@ -243,8 +244,8 @@ def test_rows_say_what_happened(tiny):
     n = torch.histc(p, 10, 0, 1).tolist()
     assert rows[0]["n_bin"] == n and len(rows[0]["clip_bins"]) == 10
     assert 0 < rows[-1]["clip_frac"] <= 1
-    needed = ("seed method stage init_step step id ood random prior answer_id answer_ood format_ood nll "
-              "entropy clip_frac kl_base").split()
+    needed = ("seed method stage init_step step id ood random prior answer_id answer_ood "
+              "format_ood nll entropy clip_frac kl_base").split()
     assert all(k in rows[0] for k in needed)
     assert finetune(tiny, SMALL, "sft", 0)[1][-1]["clip_frac"] == 0
 
@@ -295,7 +296,8 @@ def test_method_settings():
 
 
 BAD = [
-    "--methods nope", "--methods clip:eps=1", "--methods clip:eps_high=x", "--methods clip:eps_high=-1",
+    "--methods nope", "--methods clip:eps=1", "--methods clip:eps_high=x",
+    "--methods clip:eps_high=-1",
     "--methods clip:methods=sft", "--methods :", "--methods", "--eps_high 0", "--eps_high -0.1",
     "--eps_low 0", "--eps_low 1", "--lr -1", "--lr 0", "--lr nan", "--lr abc", "--old_every 1",
     "--old_every 0", "--methods clip:old_every=1", "--methods ratio --old_every 1", "--steps 0",
@@ -323,7 +325,8 @@ BAD_ELSEWHERE = [
     (rl, "--init . --rl_lr 0"), (rl, "--init . --rl_eps_low 1"), (rl, "--init . --device cpu0"),
     (rl, "--init . --lr 1"), (rl, "x.pt"), (rl, "--init ."), (ev, ""), (ev, "nowhere"), (ev, "."),
     (ev, ". --show x"), (ev, ". --show"), (ev, ". --all"), (ev, ". ."), (model, "--n_embd 65"),
-    (model, "--block_size 7"), (model, "--vocab_size 1"), (model, "--rows 0"), (model, "--rows 2.5"),
+    (model, "--block_size 7"), (model, "--vocab_size 1"), (model, "--rows 0"),
+    (model, "--rows 2.5"),
     (model, "--sample_rows 7"), (model, "--threads -1"), (model, "--dtype fp16"), (model, "now"),
 ]
 
@@ -443,7 +446,7 @@ def test_a_study_measures_its_checkpoints_once(finished):
 
 
 def test_kill_and_resume_gives_the_same_bytes(finished, tmp_path):
-    """kill -9 at random moments, then --resume: the same metrics, in another process, with workers."""
+    """kill -9 at random moments, then --resume: the same metrics, in other processes."""
     rng, out, kills = random.Random(time.time_ns()), tmp_path / "b", 0
     args = ["--preset", "smoke", "--workers", "2", "--out_dir", str(out)]
     for _ in range(2):

@@ -23,7 +23,8 @@ def test_specials_have_ids_of_their_own():
     assert data.decode([data.EOS, data.PAD]) == "<eos> <pad>"
 
 
-@pytest.mark.parametrize("text", ["100", "7K", "a", "<eos>", "é", "\x00", "7 + \U0001f600", "S:", "-1"])
+@pytest.mark.parametrize("text", ["100", "7K", "a", "<eos>", "é", "\x00", "7 + \U0001f600", "S:",
+                                  "-1"])
 def test_text_outside_the_vocabulary_is_a_value_error(text):
     with pytest.raises(ValueError, match="not in the vocabulary"):
         data.encode(text)
@@ -127,12 +128,12 @@ CASES = [                                                                 # form
     ("so 7 + 13 = 20 , 20 + 3 = 23 , then 23 + 11 = 34 # 34", (1, 1, 1)),   # another order, words
     ("13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 35", (1, 0, 0)),           # wrong total
     ("13 + 11 = 25 , 25 + 7 = 32 , 32 + 3 = 34 # 34", (1, 0, 1)),           # wrong sums
-    ("13 + 11 = 24 , 24 + 7 = 31 , 30 + 4 = 34 # 34", (1, 0, 1)),           # step from another total
+    ("13 + 11 = 24 , 24 + 7 = 31 , 30 + 4 = 34 # 34", (1, 0, 1)),   # step from another total
     ("13 + 13 = 26 , 26 + 5 = 31 , 31 + 3 = 34 # 34", (1, 0, 1)),           # a card used twice
     ("13 + 11 = 24 , 20 + 7 = 27 , 27 + 3 = 30 # 30", (1, 0, 0)),           # each sum right
     ("13 + 11 = 24 , 24 + 10 = 34 # 34", (0, 0, 1)),                        # a step short
     ("7 20 23 34", (0, 0, 1)),                                              # the base's style
-    ("10 + 10 = 20 , 20 + 7 = 27 , 27 + 3 = 30 # 30", (1, 0, 0)),           # the other rule's values
+    ("10 + 10 = 20 , 20 + 7 = 27 , 27 + 3 = 30 # 30", (1, 0, 0)),   # the other rule's values
     ("13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34", (0, 0, 1)),                # no total
     ("13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 34 34", (0, 0, 1)),
     ("13 + 11 = 24 24 + 7 = 31 , 31 + 3 = 34 # 34", (0, 0, 1)),

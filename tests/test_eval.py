@@ -54,7 +54,8 @@ def test_principal_angles_ignore_singular_values_and_turns_within_the_subspace()
 def test_singular_value_shift_of_a_scaled_spectrum():
     U, s, V, W = matrix_with_known_spectrum()
     scaled = U[:, :5] * (s * torch.tensor([1.1, 1, 1, 1, 0.5], dtype=torch.double)) @ V.T
-    assert ev.singular_value_shift(W, scaled).tolist() == pytest.approx([0.1, 0, 0, 0, -0.5], abs=1e-9)
+    shift = ev.singular_value_shift(W, scaled).tolist()
+    assert shift == pytest.approx([0.1, 0, 0, 0, -0.5], abs=1e-9)
 
 
 def test_restore_directions():
@@ -205,19 +206,20 @@ def test_respond_reads_ragged_prompts_and_drops_eos(tiny):
 
 # ---- reports
 def row(**kw):
-    return dict(dict(seed=0, method="sft", stage="sft", init_step=0, step=1, id=0.5, ood=0.5, ood_a=0.5,
-                     ood_b=0.5, random=0.5, prior=1.0, entropy=0.1, clip_frac=0.0), **kw)
+    return dict(dict(seed=0, method="sft", stage="sft", init_step=0, step=1, id=0.5, ood=0.5,
+                     ood_a=0.5, ood_b=0.5, random=0.5, prior=1.0, entropy=0.1, clip_frac=0.0), **kw)
 
 
 def test_the_peak_is_picked_on_one_half_and_reported_on_the_other():
-    rows = [row(step=2, ood_a=0.9, ood_b=0.6, ood=0.75), row(step=4, ood_a=0.8, ood_b=0.9, ood=0.85)]
+    rows = [row(step=2, ood_a=0.9, ood_b=0.6, ood=0.75),
+            row(step=4, ood_a=0.8, ood_b=0.9, ood=0.85)]
     best = ev.peak(rows)
     assert best["step"] == 2 and best["ood"] == 0.6
 
 
 def test_summary_averages_over_seeds():
-    rows = [row(stage="base", method="base", step=0, id=0.1), row(stage="base", method="base", seed=1,
-                                                                  step=0, id=0.3),
+    rows = [row(stage="base", method="base", step=0, id=0.1),
+            row(stage="base", method="base", seed=1, step=0, id=0.3),
             row(step=10, ood=0.4), row(step=10, ood=0.6, seed=1),
             row(stage="rl", init_step=10, step=80, ood=0.9),
             row(stage="rl", init_step=10, step=80, ood=0.7, seed=1)]
@@ -332,7 +334,8 @@ def test_claims_need_neither_rl_nor_measurements():
 
 @pytest.mark.parametrize("values, said, sure", [
     ([0.1, 0.1, 0.1], "holds", True), ([-0.1, -0.1, -0.1], "opposite", True),
-    ([0.0, 0.001, -0.001], "no difference", True), ([0.0, 0.002, -0.002], "no difference", False), ([0.1, 0.1], "undecided", False),
+    ([0.0, 0.001, -0.001], "no difference", True), ([0.0, 0.002, -0.002], "no difference", False),
+    ([0.1, 0.1], "undecided", False),
     ([0.0, 0.1, -0.1], "undecided", False),
     # mean .1, s.d. .1, n 9: +- .0769 at 95 % (t 2.306), +- .168 at 99.9 % (t 5.041)
     ([0.1] + [0.2] * 4 + [0.0] * 4, "holds", False)])

@@ -239,7 +239,7 @@ def test_checkpoint_round_trip(tiny, tmp_path):
     assert extra == dict(step=3, rows=[dict(x=1.5)])
     assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), back.parameters()))
     assert back.lm_head.weight is back.transformer.wte.weight
-    assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 3   # plain torch reads it too
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 3  # so does plain torch
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
@@ -307,7 +307,8 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error, code, text", [
-    (BadInput("--lr 0"), 2, "error: --lr 0"), (OSError(30, "Read-only file system"), 1, "Read-only"),
+    (BadInput("--lr 0"), 2, "error: --lr 0"),
+    (OSError(30, "Read-only file system"), 1, "Read-only"),
     (FloatingPointError("norm nan"), 1, "stopped: norm nan"), (KeyboardInterrupt(), 130, "interr")])
 def test_programs_end_in_one_line(error, code, text, capsys):
     def main():

@@ -73,7 +73,8 @@ def clip_by_hand(model, old, ids, mask, eps=0.2):
 
 
 def test_the_nanogpt_recipe(tiny):
-    space = dict(torch=torch, copy=copy, token_logprobs=M.token_logprobs, clip_loss=clipsft.clip_loss,
+    space = dict(torch=torch, copy=copy, token_logprobs=M.token_logprobs,
+                 clip_loss=clipsft.clip_loss,
                  masked_mean=rl.masked_mean, raw_model=tiny)
     ids, mask = data.batch([("S 10 >", "7 # 17"), ("M >", "9")])
     space |= dict(model=lambda x, y: (tiny(x), None), X=ids[:, :-1],
