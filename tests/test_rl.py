@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import math
+import statistics
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch.distributions import Categorical, kl_divergence
 
 import data
 import rl
-from model import kl_exact, load_checkpoint, response_logprobs
+from eval import respond
+from model import generator, kl_exact, load_checkpoint, response_logprobs
 from rl import clipped_surrogate, group_advantage, kl_k3, masked_mean, micro_batches
 
 
@@ -36,6 +38,9 @@ def test_surrogate_survives_extreme_log_probabilities():
     assert torch.isfinite(out).all() and torch.isfinite(logp.grad).all()
     assert out[0, 1].item() == pytest.approx(1.28)
     assert out[0, 0].item() == pytest.approx(0, abs=1e-6)
+    far = clipped_surrogate(torch.tensor([-30.0, 30.0]), torch.zeros(2), torch.tensor([1.0, -1.0]),
+                            0.2, 0.28)
+    assert far.tolist() == pytest.approx([math.e ** -20, -math.e ** 20])    # held within +-20
 
 
 # ---- advantages
@@ -44,6 +49,8 @@ def test_group_advantage_by_hand():
     # mean 1/4, unbiased variance (9/16 + 3/16) / 3 = 1/4: (3/4) / (1/2) = 1.5
     assert torch.allclose(group_advantage(r), torch.tensor(
         [[1.5, -0.5, -0.5, -0.5], [0.75 ** 0.5, 0.75 ** 0.5, -0.75 ** 0.5, -0.75 ** 0.5]]))
+    pair = group_advantage(torch.tensor([[1.0, 0.0]]))       # unbiased: 1/2 over the root of 1/2
+    assert pair.tolist()[0] == pytest.approx([0.5 ** 0.5, -0.5 ** 0.5])
     assert torch.allclose(group_advantage(r, "none")[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
 
 
@@ -51,6 +58,9 @@ def test_group_advantage_by_hand():
 def test_groups_without_spread_and_groups_of_one_are_zero(scale):
     assert (group_advantage(torch.full((3, 8), 0.1), scale) == 0).all()
     assert (group_advantage(torch.rand(5, 1), scale) == 0).all()
+    # exactly zero although seven times .1 has no exact mean, and whatever the other groups are
+    adv = group_advantage(torch.tensor([[0.1] * 7, [0.0] * 6 + [1.0], [0.0] * 7]), scale)
+    assert (adv[[0, 2]] == 0).all() and (adv[1] != 0).all()
 
 
 # ---- means
@@ -59,7 +69,9 @@ MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
 
 
 def test_masked_mean_by_hand():
-    assert masked_mean(X, MASK, "token").item() == 11 / 4
+    assert masked_mean(X, MASK, "token").item() == masked_mean(X, MASK).item() == 11 / 4
+    assert masked_mean(X, MASK & (X == 3)).item() == 3                  # one token alone
+    assert masked_mean(X, MASK, "constant").item() == 11 / 2
     assert masked_mean(X, MASK, "sequence").item() == (2 + 5) / 2
     assert masked_mean(X, MASK, "constant", 10).item() == pytest.approx(11 / 20)
 
@@ -94,6 +106,10 @@ def test_micro_batches_give_the_gradient_of_the_full_batch(tiny, how, n):
 
 # ---- KL
 P, Q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.3, 0.6])
+
+
+def test_the_share_of_a_batch_of_one_token():
+    assert [share for _, share in micro_batches(torch.tensor([[False, True]]), "token", 1)] == [1]
 
 
 def test_exact_kl_against_torch_and_its_direction():
@@ -141,7 +157,11 @@ def test_rollout_uses_the_rl_split_the_id_rule_and_counts_truncation(tiny, monke
         assert data.EOS not in said[:-1]
     cut = [data.EOS not in ids[i][mask[i]].tolist() for i in range(16)]
     assert truncated == pytest.approx(sum(cut) / 16) and 0 < sum(cut)
-    assert not torch.equal(ids, rl.rollout(tiny, Ctx.c, 1, 0)[0])
+    # every draw is keyed by seed and step, so a resumed run has the same
+    again = respond(tiny, problems[::4], Ctx.c.max_new, 4, 1.0, generator("cpu", 0, "rollout", 0))
+    assert torch.equal(ids, again[1])
+    for step, seed in ((1, 0), (0, 1)):
+        assert not torch.equal(ids, rl.rollout(tiny, Ctx.c, step, seed)[0])
 
 
 def test_the_first_update_is_the_policy_gradient(tiny, monkeypatch):
@@ -173,6 +193,66 @@ def test_the_first_update_is_the_policy_gradient(tiny, monkeypatch):
     assert len(got) == 1 and lr == pytest.approx(1e-3 / 5)          # warm-up: a fifth at step 0
     assert all(torch.allclose(a.float(), b, atol=1e-5) for a, b in zip(expected, grads))
     assert stats["clip_frac"] == 0 and stats["zero_spread"] == 1 - spread / 4
+
+
+@pytest.mark.parametrize("aggregate, scale, kl, accum", [
+    ("token", "std", 0.0, 1), ("sequence", "none", 0.3, 2), ("constant", "none", 0.0, 3),
+    ("token", "none", 0.3, 2)])
+def test_a_whole_step_by_plain_loops(tiny, monkeypatch, aggregate, scale, kl, accum):
+    """Two updates, written down once more token by token: gradients, learning rate, clip_frac."""
+    fake_reward(monkeypatch, lambda text: len(text) % 2 == 0)
+    c = dataclasses.replace(Ctx.c, aggregate=aggregate, adv_scale=scale, kl_coef=kl, max_new=6,
+                            grad_accum=accum, temperature=1.3, rl_eps_low=0.1, rl_eps_high=0.15)
+    ref = copy.deepcopy(tiny)
+    for q in ref.parameters():
+        q.data.add_(0.05 * torch.randn(q.shape, generator=torch.Generator().manual_seed(1)))
+    got = []
+
+    def descend(model, opt, lr):
+        got.append((lr, [q.grad.clone() for q in model.parameters()]))
+        for q in model.parameters():
+            q.data.sub_(0.5 * q.grad)
+            q.grad = None
+    monkeypatch.setattr(rl, "update", descend)
+    stats = rl.grpo_step(copy.deepcopy(tiny), None, c, 7, 3, ref)
+
+    ids, mask, rewards, truncated = rl.rollout(tiny, c, 7, 3)
+    adv = {}
+    for g, group in enumerate(rewards.tolist()):
+        if kl or len(set(group)) > 1:
+            spread = statistics.stdev(group) if scale == "std" else 1
+            adv |= {4 * g + j: (x - sum(group) / 4) / spread for j, x in enumerate(group)}
+    assert not kl or len(adv) == 16
+
+    def logp(model, i):
+        z = model(ids[i:i + 1])[0] / 1.3
+        return [z[t - 1].log_softmax(-1)[ids[i, t]] for t in mask[i].nonzero().flatten().tolist()]
+    with torch.no_grad():
+        old, start = ({i: logp(m, i) for i in adv} for m in (tiny, ref))
+    model, clipped, tokens = copy.deepcopy(tiny), 0, 0
+    order = torch.randperm(len(adv), generator=generator("cpu", 3, "rl-order", 7))
+    for rows, (lr, grads) in zip(order.chunk(2), got):
+        rows, per_row = [list(adv)[i] for i in rows], []
+        for i in rows:
+            per_row.append([])
+            for new, o, f in zip(logp(model, i), old[i], start[i]):
+                r, a = (new - o).exp(), adv[i]
+                inside = 0.9 <= r <= 1.15 or (r < 0.9 and a > 0) or (r > 1.15 and a < 0)
+                gain = r * a if inside else (0.9 if r < 0.9 else 1.15) * a
+                per_row[-1].append(gain - kl * ((f - new).exp() - 1 - (f - new)))
+                clipped, tokens = clipped + (not inside and a != 0), tokens + 1
+        sums, n = [sum(row) for row in per_row], [len(row) for row in per_row]
+        mean = {"token": sum(sums) / sum(n), "constant": sum(sums) / (len(rows) * 6),
+                "sequence": sum(x / k for x, k in zip(sums, n)) / len(rows)}[aggregate]
+        expected = torch.autograd.grad(-mean, list(model.parameters()))
+        assert lr == c.rl_lr                                                # warmed up by step 4
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, grads))
+        for q, grad in zip(model.parameters(), expected):
+            q.data.sub_(0.5 * grad)
+    assert len(got) == 2 and 0 < clipped < tokens
+    assert stats == dict(reward=rewards.mean().item(), rollout_truncated=truncated,
+                         zero_spread=sum(len({*g}) == 1 for g in rewards.tolist()) / 4,
+                         clip_frac=pytest.approx(clipped / tokens))
 
 
 def test_no_spread_no_update(tiny, monkeypatch):
@@ -239,11 +319,11 @@ def test_grpo_resumes_bitwise(tiny, tmp_path, monkeypatch):
 
         def tick(**_):
             steps.append(1)
-            if len(steps) == 3:
+            if len(steps) == 4:
                 raise Killed
         with pytest.raises(Killed):
-            rl.grpo(part, c, 0, tmp_path / "x", save_every=2, tick=tick)
+            rl.grpo(part, c, 0, tmp_path / "x", save_every=3, tick=tick)
         model, state = load_checkpoint(tmp_path / "x")
-        assert state["step"] == 2
+        assert state["step"] == 3
         assert rl.grpo(model, c, 0, state=state) == stats
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters()))
