@@ -125,6 +125,34 @@ def test_sampling_follows_the_softmax_at_temperature(tiny):
     assert (freq > 0).sum() > 20
 
 
+def test_every_token_can_be_sampled_the_last_one_too():
+    model = GPT(GPTConfig(3, 8, 1, 1, 4))
+    for p in model.parameters():
+        p.data.zero_()                                                      # uniform over 3 tokens
+    ids, _ = model.generate(torch.tensor([[0]]), torch.tensor([1]), 1, -1, 0, 3000, 1.0,
+                            torch.Generator().manual_seed(0))
+    assert torch.bincount(ids[:, 1]).tolist() == pytest.approx([1000] * 3, abs=130)   # 5 sigma
+
+
+def test_rows_that_have_finished_cost_nothing(tiny, monkeypatch):
+    """A look every fourth token: rows that are done are dropped, and with none left it is over."""
+    seen, block = [], tiny.transformer.h[0]
+    real = block.forward
+    monkeypatch.setattr(block, "forward", lambda x, *a: seen.append(len(x)) or real(x, *a))
+    prompts = torch.arange(30).view(10, 3)
+    prompts[:4] = prompts[0]
+    free, _ = tiny.generate(prompts, torch.full((10,), 3), 1, -1, data.PAD)
+    eos = int(free[0, 3])
+    first = int((free[:, 3] == eos).sum())
+    assert 4 <= first < 10                         # so many rows end at once
+    seen.clear()
+    tiny.generate(prompts, torch.full((10,), 3), 12, eos, data.PAD)
+    assert seen[:4] == [10] * 4 and seen[4] <= 10 - first
+    seen.clear()
+    ids, mask = tiny.generate(prompts[free[:, 3] == eos], torch.full((first,), 3), 12, eos, data.PAD)
+    assert seen == [first] * 4 and mask.sum(1).tolist() == [1] * first
+
+
 def test_scoring_agrees_with_sampling(tiny):
     """The log-probability under which a token was drawn is the one training gives it."""
     prompts, lengths = ragged_prompts(6)
@@ -158,6 +186,18 @@ def test_sampling_leaves_the_global_generator_alone(tiny):
 def test_too_long_for_the_block(tiny):
     with pytest.raises(ValueError, match="block_size 40"):
         tiny.generate(torch.zeros(1, 10).long(), torch.tensor([10]), 31, data.EOS, data.PAD)
+    ids, _ = tiny.generate(torch.zeros(1, 10).long(), torch.tensor([10]), 30, -1, data.PAD)
+    assert ids.shape == (1, 40)                    # all of it may be used
+
+
+def test_sampling_in_bfloat16(tiny):
+    """Under autocast the cache is bfloat16, and the answers nearly those of float32."""
+    prompts, lengths = ragged_prompts()
+    for P, n in ((10, lengths), (3, torch.full((40,), 3))):
+        exact, _ = tiny.generate(prompts[:, :P], n, 4, -1, data.PAD)
+        with torch.autocast("cpu", torch.bfloat16):
+            ids, _ = tiny.generate(prompts[:, :P], n, 4, -1, data.PAD)
+        assert (ids == exact).float().mean() > 0.9
 
 
 # ---- log-probabilities
@@ -166,6 +206,10 @@ def test_token_logprobs_literal_and_extremes():
     got = M.token_logprobs(logits, torch.tensor([1, 1]))
     assert got[0].item() == pytest.approx(math.log(0.75)) and got[1].item() == -2e4
     assert M.token_logprobs(logits.bfloat16(), torch.tensor([1, 0])).dtype == torch.float32
+    deep = logits[torch.tensor([[0, 1, 0], [1, 1, 1]])]                     # (2, 3, V)
+    at = torch.tensor([[1, 0, 0], [1, 0, 1]])
+    assert M.token_logprobs(deep, at).flatten().tolist() == pytest.approx(
+        [math.log(0.75), 0, math.log(0.25), -2e4, 0, -2e4])
 
 
 def test_response_logprobs_shift_by_hand(tiny):
@@ -179,16 +223,20 @@ def test_response_logprobs_shift_by_hand(tiny):
         [full[1, 0, ids[1, 1]].item(), full[1, 1, data.EOS].item(), 0, 0, 0], abs=1e-5)
 
 
-def test_chunks_change_neither_value_nor_gradient(tiny):
+def test_chunks_change_neither_value_nor_gradient(tiny, monkeypatch):
     ids, mask = data.batch([("S 10", "7 # 17"), ("M", "9")])
-    grads = []
-    for limit in (2**26, 124 * 2):
+    grads, chunks, head = [], [], tiny.lm_head.forward
+    monkeypatch.setattr(tiny.lm_head, "forward", lambda h: chunks.append(len(h)) or head(h))
+    for limit, sizes in ((2**26, [6]), (124 * 6, [6]), (124 * 2, [2, 2, 2]), (1, [1] * 6)):
         tiny.zero_grad()
+        chunks.clear()
         out = M.response_logprobs(tiny, ids, mask, max_elements=limit)
+        assert chunks == sizes                     # no more logits than allowed at a time
         (out * torch.arange(10.0).view(2, 5)).sum().backward()
         grads.append((out.detach(), [p.grad.clone() for p in tiny.parameters()]))
-    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads[0][1], grads[1][1]))
+    for out, g in grads[1:]:
+        assert torch.allclose(grads[0][0], out, atol=1e-6)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads[0][1], g))
 
 
 def test_trim_keeps_every_response_token():
@@ -222,7 +270,17 @@ def test_first_adam_step_is_the_learning_rate(tiny):
         # Adam's first step has size lr; weight decay lr * 0.5 * w only where dim >= 2
         assert torch.allclose(b, a * (1 - 0.005 * (a.dim() >= 2)) - 1e-2, atol=1e-5)
         assert b.grad is None
-    assert opt.defaults["betas"] == (0.9, 0.95)
+    plain = M.adamw(tiny, 0.3)
+    assert [g["weight_decay"] for g in plain.param_groups] == [0, 0]
+    assert plain.defaults["betas"] == (0.9, 0.95) and plain.defaults["lr"] == 0.3
+    assert plain.defaults["fused"]
+    # Adam does not see the length of its first gradient; plain descent does: it is clipped to 1
+    before = [p.clone() for p in tiny.parameters()]
+    for p in tiny.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    M.update(tiny, torch.optim.SGD(tiny.parameters(), 1.0), 0.5)
+    moved = sum((a - b).pow(2).sum() for a, b in zip(before, tiny.parameters())).sqrt()
+    assert moved.item() == pytest.approx(0.5, rel=1e-3)
 
 
 def test_generator_is_keyed():
