@@ -9,7 +9,7 @@ import torch
 
 import data
 import eval as ev
-from model import BadInput
+from model import BadInput, generator
 
 
 class Ctx:
@@ -51,6 +51,13 @@ def test_principal_angles_ignore_singular_values_and_turns_within_the_subspace()
     assert ev.principal_angles(W, inside, 2)[0].max() < 1e-6
 
 
+def test_no_angle_between_a_matrix_and_itself():
+    """A cosine may exceed 1 by rounding: not NaN, 0."""
+    for seed in range(20):
+        W = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed))
+        assert all((a >= 0).all() and a.max() < 1e-6 for a in ev.principal_angles(W, W, 4))
+
+
 def test_singular_value_shift_of_a_scaled_spectrum():
     U, s, V, W = matrix_with_known_spectrum()
     scaled = U[:, :5] * (s * torch.tensor([1.1, 1, 1, 1, 0.5], dtype=torch.double)) @ V.T
@@ -67,6 +74,7 @@ def test_restore_directions():
     first = ev.restore_directions(W, turned, 1)           # the first vector never turned
     assert torch.allclose(first, turned)
     assert not torch.allclose(first, back)
+    assert ev.restore_directions(W, W.float()).dtype == torch.float32
 
 
 # ---- drift
@@ -81,6 +89,11 @@ def test_drift_by_hand():
     # PCA sees two directions only, the plain shift all
     far, plain = ev.representation_drift([h], [h + torch.tensor([0, 0, 2.0])])
     assert (far, plain) == pytest.approx((0, 2))
+    # away from the origin: the axes are those of the spread, not of the mean
+    far, plain = ev.representation_drift([h + 9], [h + 9 + torch.tensor([0.3, 0.4, 5])])
+    assert (far, plain) == pytest.approx((0.5, 25.25 ** 0.5), abs=1e-4)
+    far, plain = ev.representation_drift([h + torch.tensor([1.0, 2, 9])], [h])
+    assert (far, plain) == pytest.approx((5 ** 0.5, 86 ** 0.5), abs=1e-4)
 
 
 def test_layer_means_are_the_models_own_hidden_states(tiny):
@@ -119,8 +132,31 @@ def test_gradient_norms_by_probability(tiny):
         assert out[b]["logit"] == pytest.approx(sum(x[1] for x in items) / n, rel=1e-3)
         low, high = out[b]["bound"]
         assert low == pytest.approx(1 - sum(x[2] for x in items) / n, abs=1e-4)
-        assert low - 1e-6 <= out[b]["logit"] <= high + 1e-6
+        assert low - 1e-6 <= out[b]["logit"] <= high + 1e-6 and high == low * 2 ** 0.5
     assert all(q.grad is None for q in tiny.parameters())
+    empty = next(b for b in range(10) if b not in by_bin)
+    assert out[empty] == dict(tokens=0, full=None, logit=None, bound=None)
+
+
+def test_gradient_norms_are_of_a_few_tokens_drawn_from_each_bin(tiny):
+    tiny.transformer.ln_f.weight.data.mul_(8)      # surer of itself: tokens in every bin
+    ids, mask = tiny.generate(torch.arange(8)[:, None], torch.ones(8).long(), 9, -1, data.PAD, 16,
+                              1.0, torch.Generator().manual_seed(0))
+    p = tiny(ids).softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[:, :, 0]
+    count = [((p >= b / 10) & (p < (b + 1) / 10) & mask[:, 1:]).sum().item() for b in range(10)]
+    out = ev.gradient_norm_by_probability(tiny, ids, mask, 2)
+    assert [b["tokens"] for b in out] == count and min(count) > 2
+    twenty = ev.gradient_norm_by_probability(tiny, ids, mask, 20)
+    assert max(count) > 20 and ev.gradient_norm_by_probability(tiny, ids, mask) == twenty != out
+    where = mask[:, 1:].nonzero()
+    for b in (0, 4, 9):
+        mine = ((p[mask[:, 1:]] * 10).long() == b).nonzero()[:, 0]
+        drawn = mine[torch.randperm(count[b], generator=generator("cpu", "bins", b))[:2]]
+        norms = []
+        for i, t in where[drawn].tolist():
+            grad = torch.autograd.grad(p[i, t].log(), list(tiny.parameters()), retain_graph=True)
+            norms.append(torch.cat([g.flatten() for g in grad]).norm().item())
+        assert out[b]["full"] == pytest.approx(sum(norms) / 2, rel=1e-3)
 
 
 # ---- statistics
@@ -129,6 +165,10 @@ def test_paired_ci_by_hand():
     assert ev.paired_ci([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 2.4843, 2 + 2.4843), abs=1e-3)
     assert ev.paired_ci([0.5] * 10) == (0.5, 0.5, 0.5)
     assert ev.paired_ci([1.0]) == (1, -math.inf, math.inf)
+    assert ev.paired_ci([0.0, 2.0]) == pytest.approx((1, 1 - 12.706, 1 + 12.706))
+    for n in (20, 26):      # s = 1 / sqrt(n - 1) * sqrt(n) of n halves of -1 and 1; t(19) = 2.093
+        half = 2.093 / math.sqrt(n - 1)
+        assert ev.paired_ci([-1.0, 1.0] * (n // 2)) == pytest.approx((0, -half, half))
     ten = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]        # s = sqrt(10 / 36), t(9) = 2.262
     assert ev.paired_ci(ten)[2] == pytest.approx(0.5 + 2.262 * math.sqrt(10 / 36 / 10), abs=1e-4)
 
@@ -346,6 +386,9 @@ def test_verdicts_by_hand(values, said, sure):
 def test_no_worse_means_above_minus_the_margin():
     assert ev.verdict([-0.01, -0.011, -0.012], not_worse=True)[3] == "holds"
     assert ev.verdict([-0.03, -0.031, -0.032], not_worse=True)[3] == "opposite"
+    assert ev.verdict([-0.01, -0.012, 0.001], not_worse=True)[3] == "undecided"
+    with pytest.raises(LookupError, match="mean of nothing"):
+        ev.verdict([])
 
 
 def test_frontier_area_by_hand():

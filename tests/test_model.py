@@ -149,7 +149,8 @@ def test_rows_that_have_finished_cost_nothing(tiny, monkeypatch):
     tiny.generate(prompts, torch.full((10,), 3), 12, eos, data.PAD)
     assert seen[:4] == [10] * 4 and seen[4] <= 10 - first
     seen.clear()
-    ids, mask = tiny.generate(prompts[free[:, 3] == eos], torch.full((first,), 3), 12, eos, data.PAD)
+    prompts = prompts[free[:, 3] == eos]
+    ids, mask = tiny.generate(prompts, torch.full((first,), 3), 12, eos, data.PAD)
     assert seen == [first] * 4 and mask.sum(1).tolist() == [1] * first
 
 
