@@ -200,9 +200,15 @@ def test_the_first_update_is_the_policy_gradient(tiny, monkeypatch):
     ("token", "none", 0.3, 2)])
 def test_a_whole_step_by_plain_loops(tiny, monkeypatch, aggregate, scale, kl, accum):
     """Two updates, written down once more token by token: gradients, learning rate, clip_frac."""
-    fake_reward(monkeypatch, lambda text: len(text) % 2 == 0)
+    def verify(p, text):        # a hand with 2 always wins, one with 3 never, others by chance
+        won = "2" in p.hand or ("3" not in p.hand and len(text) % 2 == 0)
+        return data.Verdict(True, won, True)
+    monkeypatch.setattr(rl.data, "verify", verify)
+    tiny.transformer.ln_f.bias.data.fill_(0.3)
+    tiny.lm_head.weight.data[data.EOS] += 0.3      # an EOS now and then: rows of unequal length
     c = dataclasses.replace(Ctx.c, aggregate=aggregate, adv_scale=scale, kl_coef=kl, max_new=6,
-                            grad_accum=accum, temperature=1.3, rl_eps_low=0.1, rl_eps_high=0.15)
+                            grad_accum=accum, temperature=1.3, rl_eps_low=0.1, rl_eps_high=0.15,
+                            rl_prompts=8)
     ref = copy.deepcopy(tiny)
     for q in ref.parameters():
         q.data.add_(0.05 * torch.randn(q.shape, generator=torch.Generator().manual_seed(1)))
@@ -222,7 +228,8 @@ def test_a_whole_step_by_plain_loops(tiny, monkeypatch, aggregate, scale, kl, ac
         if kl or len(set(group)) > 1:
             spread = statistics.stdev(group) if scale == "std" else 1
             adv |= {4 * g + j: (x - sum(group) / 4) / spread for j, x in enumerate(group)}
-    assert not kl or len(adv) == 16
+    assert {0, 1} < {sum(group) / 4 for group in rewards.tolist()}
+    assert len(set(mask.sum(1).tolist())) > 3 and (len(adv) == 32) == (kl > 0)
 
     def logp(model, i):
         z = model(ids[i:i + 1])[0] / 1.3
@@ -251,7 +258,7 @@ def test_a_whole_step_by_plain_loops(tiny, monkeypatch, aggregate, scale, kl, ac
             q.data.sub_(0.5 * grad)
     assert len(got) == 2 and 0 < clipped < tokens
     assert stats == dict(reward=rewards.mean().item(), rollout_truncated=truncated,
-                         zero_spread=sum(len({*g}) == 1 for g in rewards.tolist()) / 4,
+                         zero_spread=sum(len({*g}) == 1 for g in rewards.tolist()) / 8,
                          clip_frac=pytest.approx(clipped / tokens))
 
 
