@@ -20,7 +20,7 @@ import eval as ev
 import model
 import rl
 from clipsft import Config, clip_loss, dft_loss, finetune, settings_of, sft_loss
-from model import BadInput, load_checkpoint, response_logprobs, run_main
+from model import BadInput, adamw, load_checkpoint, response_logprobs, run_main, update
 
 ROOT = Path(clipsft.__file__).parent
 SMALL = Config(steps=6, eval_n=16, demos=12, batch_size=4, old_every=3)
@@ -118,6 +118,11 @@ def test_rest_random_rests_at_its_own_rate_with_the_weight_of_clip():
                         fresh=torch.tensor([[0.3, 0.4, 0.2, 0.9]]))
     clipsft.METHODS["rest_random"](b, Config()).sum().backward()      # one in three is beyond 1.2
     assert logp.grad[0].tolist() == pytest.approx([0, -1, 0, -1.2])
+    for step, rests in ((0.6, [0.0, 0.3]), (1.0, [0.0, 0.3]), (0.1, [0.2, 0.3])):
+        b.old_logp = torch.tensor([[-1.0 - step, -1.0, -2.0, -1.0]])   # r = 1.8, 2.7: beyond; 1.1
+        b.fresh = torch.tensor([[rests[0], 0.33, 0.34, 0.9]])
+        kept = clipsft.METHODS["rest_random"](b, Config())[0, :3] != 0
+        assert kept.tolist() == [step == 0.1, step == 0.1, True]
 
 
 def test_rotation_penalty_counts_moves_within_the_leading_directions_only(tiny):
@@ -131,7 +136,9 @@ def test_rotation_penalty_counts_moves_within_the_leading_directions_only(tiny):
         W[0, 1] += 0.3                                      # both leading
         W[n - 1, n - 1] += 5.0                              # both trailing
         W[0, n - 1] += 5.0                                  # one of each
-    assert clipsft.rotation(moved, base).item() == pytest.approx(0.09, abs=1e-5)
+        W[n // 2 - 1, 0] += 0.4                             # the last of the leading half
+        W[n // 2, 0] += 5.0                                 # the first behind it
+    assert clipsft.rotation(moved, base).item() == pytest.approx(0.09 + 0.16, abs=1e-4)
 
 
 # ---- the loop
@@ -235,6 +242,91 @@ def test_kl_method_is_sft_plus_the_exact_kl(tiny, monkeypatch):
     assert (got[1][0][~got[1][1]] == 0).all()
 
 
+@pytest.mark.parametrize("spec, aggregate", [("sft", "token"), ("clip", "sequence"),
+                                             ("mask_random", "constant"), ("rest_random", "token"),
+                                             ("frozen:grad_accum=2", "token")])
+def test_a_whole_run_by_plain_loops(tiny, monkeypatch, spec, aggregate):
+    """Five updates, K = 3, written down once more token by token: gradients and metrics."""
+    ids, mask = data.demonstrations(10, 3, p_word=0.6)
+    opt = adamw(tiny, 0.01)
+    for _ in range(12):                            # until there are probabilities of every size
+        (-response_logprobs(tiny, ids, mask).sum()).backward()
+        update(tiny, opt, 0.01)
+    c = dataclasses.replace(SMALL, steps=5, demos=10, p_word=0.6, mask_p=0.3, eps_high=0.1,
+                            aggregate=aggregate)
+    name, got = spec.partition(":")[0], []
+
+    def descend(model, opt, lr):
+        got.append((lr, [q.grad.clone() for q in model.parameters()]))
+        for q in model.parameters():
+            q.data.sub_(0.2 * q.grad)
+            q.grad = None
+    monkeypatch.setattr(clipsft, "update", descend)
+    monkeypatch.setattr(clipsft.ev, "evaluate", lambda *a: {})
+    rows = finetune(tiny, c, spec, 3)[1]
+
+    m, words = mask[:, 1:], mask[:, 1:].nonzero().tolist()
+
+    def logp(model):
+        z = model(ids).log_softmax(-1)
+        return {(i, t): z[i, t, ids[i, t + 1]] for i, t in words}
+
+    def uniform(*key):
+        return torch.rand(m.shape, generator=clipsft.generator("cpu", 3, *key))
+    with torch.no_grad():
+        base = {w: x.item() for w, x in logp(tiny).items()}
+    table = torch.zeros(m.shape)
+    for (i, t), x in base.items():
+        table[i, t] = x
+    never = clipsft.left_out(table, m, uniform("noise"), 0.3)["random"]
+    bins = {w: min(9, int(10 * math.exp(x))) for w, x in base.items()}
+    assert len(set(bins.values())) > 5 and never.any()
+    model, old, losses, seen, since = copy.deepcopy(tiny), base, [], [], 0
+    for step, (lr, grads) in enumerate(got):
+        if step % 3 == 0 and name != "frozen":
+            with torch.no_grad():
+                old = {w: x.item() for w, x in logp(model).items()}
+        order = torch.randperm(10, generator=clipsft.generator("cpu", 3, "order", step // 3))
+        rows_now, fresh = order[step % 3 * 4:][:4].tolist(), uniform("fresh", step)
+        now = {w: x for w, x in logp(model).items() if w[0] in rows_now}
+        ratio = {w: math.exp(x.item() - old[w]) for w, x in now.items()}
+        beyond = sum(r > 1.1 for r in ratio.values()) / len(ratio)
+        loss = {}
+        for w, x in now.items():
+            loss[w] = {"sft": -x, "mask_random": -x * (not never[w]),
+                       "rest_random": -x * min(ratio[w], 1.1) * bool(fresh[w] >= beyond)}.get(
+                name, -torch.minimum((x - old[w]).exp(), torch.tensor(1.1)))
+            seen.append((step, w, ratio[w] > 1.1))
+        per_row = [[x for w, x in loss.items() if w[0] == i] for i in rows_now]
+        total = {"token": sum(loss.values()) / len(loss),
+                 "sequence": sum(sum(r) / len(r) for r in per_row) / len(per_row),
+                 "constant": sum(loss.values()) / (len(per_row) * c.max_new)}[aggregate]
+        expected = torch.autograd.grad(total, list(model.parameters()))
+        assert lr == c.lr
+        assert all(torch.allclose(a, b, atol=2e-4) for a, b in zip(expected, grads))
+        for q, grad in zip(model.parameters(), grads):
+            q.data.sub_(0.2 * grad)
+        losses.append(total.item())
+    assert [r["step"] for r in rows] == [4, 5] and len(got) == 5
+    for row, first in zip(rows, (0, 4)):
+        seen_now = [x for x in seen if first <= x[0] < row["step"]]
+        clips = name not in ("sft", "mask_random")
+        share = sum(x[2] for x in seen_now) / len(seen_now) * clips
+        assert row["clip_frac"] == pytest.approx(share) and (share > 0) == clips
+        assert row["loss"] == pytest.approx(sum(losses[first:row["step"]]) / (row["step"] - first),
+                                            rel=1e-3)
+        for b in range(10):
+            here = [x[2] for x in seen_now if bins[x[1]] == b]
+            assert row["clip_bins"][b] == pytest.approx(sum(here) / max(1, len(here)) * clips)
+    with torch.no_grad():
+        end = {w: x.item() for w, x in logp(model).items()}
+    for b in range(10):
+        here = [end[w] for w in bins if bins[w] == b]
+        assert rows[1]["n_bin"][b] == len(here)
+        assert rows[1]["logp_bins"][b] == (pytest.approx(sum(here) / len(here), abs=1e-3)
+                                           if here else None)
+
+
 def test_rows_say_what_happened(tiny):
     rows = finetune(tiny, dataclasses.replace(SMALL, lr=3e-3), "clip", 0)[1]
     assert [r["step"] for r in rows] == [4, 6]
@@ -293,6 +385,8 @@ def test_method_settings():
     assert clipsft.eval_steps(30) == [4, 8, 16, 30]
     assert clipsft.eval_steps(7) == [4, 7]
     assert clipsft.eval_steps(3000) == [100, 200, 300, 1000, 3000]
+    assert clipsft.eval_steps(1001) == [100, 200, 300, 1000, 1001]
+    assert clipsft.eval_steps(1000) == [4, 8, 16, 30, 60, 100, 200, 300, 1000]
 
 
 BAD = [
