@@ -106,6 +106,11 @@ def test_mask_methods_leave_out_what_they_say():
     assert out["high"].long().tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]       # two, though tied
     # -log p in the order of noise: 1.6 0 0 .5 3.0 | 2.8 .1; the improbable have 5.8: stop before
     assert out["loss"].long().tolist() == [[1, 1, 1, 0], [0, 1, 1, 0]]
+    # the improbable later: .5 0 .1 0 2.8 1.6 | 3.0; if all of them are, one is left to train
+    late = torch.tensor([[0.9, 0.8, 0.1, 0.3], [0.6, 0.2, 0.5, 0.0]])
+    assert clipsft.left_out(p.log(), mask, late, 0.1)["loss"].long().tolist() == \
+        [[0, 1, 1, 1], [1, 1, 1, 0]]
+    assert clipsft.left_out(p.log() - 9, mask, noise, 0.1)["loss"].sum() == 6
     b = SimpleNamespace(logp=torch.full((2, 4), -1.0), **out)
     for k in out:
         assert torch.equal(clipsft.METHODS[f"mask_{k}"](b, None), 1.0 * ~out[k])
@@ -308,6 +313,8 @@ def test_a_whole_run_by_plain_loops(tiny, monkeypatch, spec, aggregate):
             q.data.sub_(0.2 * grad)
         losses.append(total.item())
     assert [r["step"] for r in rows] == [4, 5] and len(got) == 5
+    assert all((r["seed"], r["method"], r["stage"], r["init_step"]) == (3, spec, "sft", 0)
+               for r in rows)
     for row, first in zip(rows, (0, 4)):
         seen_now = [x for x in seen if first <= x[0] < row["step"]]
         clips = name not in ("sft", "mask_random")
@@ -325,6 +332,24 @@ def test_a_whole_run_by_plain_loops(tiny, monkeypatch, spec, aggregate):
         assert rows[1]["n_bin"][b] == len(here)
         assert rows[1]["logp_bins"][b] == (pytest.approx(sum(here) / len(here), abs=1e-3)
                                            if here else None)
+
+
+def test_bfloat16_is_used_wherever_a_model_runs(tiny, monkeypatch):
+    log, ticks, heard = [], [], []
+
+    def spy(f):
+        def g(*args):
+            log.append(torch.is_autocast_enabled("cpu"))
+            return f(*args)
+        return g
+    monkeypatch.setattr(clipsft, "response_logprobs", spy(response_logprobs))
+    monkeypatch.setattr(clipsft.ev, "evaluate", spy(lambda *a: {}))
+    c = dataclasses.replace(SMALL, dtype="bf16", steps=2)
+    model, rows = finetune(tiny, c, "clip", 0, tick=lambda loss: ticks.append(loss),
+                           on_row=lambda *a: heard.append(a))
+    assert log == [True] * 6        # base, old policy, two updates, the row: log-probs, evaluation
+    assert len(ticks) == 2 and sum(ticks) / 2 == pytest.approx(rows[0]["loss"])
+    assert heard == [(rows[0], model)]
 
 
 def test_rows_say_what_happened(tiny):
