@@ -352,6 +352,21 @@ def test_bfloat16_is_used_wherever_a_model_runs(tiny, monkeypatch):
     assert heard == [(rows[0], model)]
 
 
+def test_compile_is_asked_for_the_forward_pass(tiny, monkeypatch):
+    calls = []
+
+    def stand_in(f, dynamic):
+        calls.append(dynamic)
+        return lambda ids: calls.append("run") or f(ids)
+    monkeypatch.setattr(torch, "compile", stand_in)
+    c = dataclasses.replace(SMALL, steps=2)
+    plain = finetune(tiny, c, "sft", 0)[0]
+    assert not calls
+    model = finetune(tiny, dataclasses.replace(c, compile=True), "sft", 0)[0]
+    assert calls[0] is True and calls.count("run") > 2
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters()))
+
+
 def test_rows_say_what_happened(tiny):
     rows = finetune(tiny, dataclasses.replace(SMALL, lr=3e-3), "clip", 0)[1]
     assert [r["step"] for r in rows] == [4, 6]
