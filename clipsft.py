@@ -59,10 +59,6 @@ def dft_loss(logp):
     return -logp.detach().exp() * logp
 
 
-def unclipped(b):
-    return clip_loss(b.logp, b.old_logp, 1.0, math.inf)
-
-
 def kl_to_base(b):
     """KL(pi || base) over the whole vocabulary at each response token: (B, T-1)."""
     with torch.no_grad():
@@ -118,7 +114,7 @@ METHODS = {
     "clip": lambda b, c: clip_loss(b.logp, b.old_logp, c.eps_low, c.eps_high),
     "dft": lambda b, c: dft_loss(b.logp),
     # Controls. What is it about clip: r as a weight, the moving old policy, or which tokens rest?
-    "ratio": lambda b, c: unclipped(b),
+    "ratio": lambda b, c: clip_loss(b.logp, b.old_logp, c.eps_low, math.inf),
     "frozen": lambda b, c: clip_loss(b.logp, b.base_logp, c.eps_low, c.eps_high),
     "rest_random": rest_random,
     # Tokens that are never trained: see left_out.
@@ -176,7 +172,7 @@ STUDY = ["sft", "clip", "sft:steps=3000", "clip:steps=3000", "sft:demos=256", "c
          "sft:lr=1e-4", "clip:lr=1e-4", "sft:lr=3e-5", "clip:lr=3e-5", "sft:lr=1e-5",
          "clip:lr=1e-5", "clip:eps_high=0.1", "clip:eps_high=0.4", "clip:old_every=4",
          "clip:old_every=36", "mask_low", "mask_random", "mask_high", "mask_loss", "dft", "ratio",
-         "rest_random", "frozen", "kl", "rpsft"]
+         "rest_random", "frozen", "kl", "rpsft", "mask_low:p_word=0", "mask_random:p_word=0"]
 STUDY_RL = [4, 8, 16, 30, 60, 100, 200, 300]
 PRESETS = {
     "cpu": {},
@@ -356,13 +352,11 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
             with torch.no_grad(), autocast(dev, c.dtype):
                 logp = response_logprobs(model, ids, mask)
                 row = dict(seed=seed, method=spec, stage="sft", init_step=0, step=step + 1,
-                           **ev.evaluate(model, c, base), loss=ev.mean(losses), clip_frac=0.0)
-            if name in (*NEED_OLD, "frozen"):
-                row["clip_frac"] = (clipped[0].sum() / clipped[1].sum()).item()
-            else:
-                clipped[0] = 0.0    # there is no old policy
+                           **ev.evaluate(model, c, base), loss=ev.mean(losses))
+            clipped[0] *= name in (*NEED_OLD, "frozen")    # the others have no old policy
             sums = by_bin(logp, bins, m)
-            row |= dict(clip_bins=(clipped[0] / clipped[1].clamp(min=1)).tolist(), n_bin=n_bin,
+            row |= dict(clip_frac=(clipped[0].sum() / clipped[1].sum()).item(), n_bin=n_bin,
+                        clip_bins=(clipped[0] / clipped[1].clamp(min=1)).tolist(),
                         logp_bins=[x / n if n else None for x, n in zip(sums, n_bin)])
             rows.append(row)
             clipped, losses = torch.zeros(2, 10), []
@@ -379,13 +373,16 @@ def slug(*parts):
 
 
 def starts_of(spec, c):
-    """The steps of this method that GRPO starts from."""
+    """The steps of this method that GRPO starts from; the base itself is 0."""
+    if spec == "base":
+        return [0]
     return [s for s in c.rl_from if spec in c.rl_methods and s <= settings_of(spec, c)[1].steps]
 
 
 def run_cell(c, spec, seed, report):
-    """One method on one seed: fine-tune, then GRPO from its checkpoints. What is finished is never
-    computed again; what was stopped half-way goes on from its last checkpoint."""
+    """One method on one seed: fine-tune, then GRPO from its checkpoints; for "base" GRPO alone. What
+    is finished is never computed again; what was stopped half-way goes on from its last
+    checkpoint."""
     out, device = Path(c.out_dir), torch.device(c.device)
     name = f"s{seed} {spec}"
     base, _ = load_checkpoint(out / "ckpt" / f"s{seed}-base.pt", device)
@@ -417,11 +414,12 @@ def run_cell(c, spec, seed, report):
             save_checkpoint(out / "ckpt" / f"{slug(f's{seed}', spec, row['step'])}.pt", model)
         report(cell=name, row=row)
 
-    unit(slug(f"s{seed}", spec),
-         lambda state, part: finetune(base, c, spec, seed, part, state, tick, keep)[1])
+    if spec != "base":
+        unit(slug(f"s{seed}", spec),
+             lambda state, part: finetune(base, c, spec, seed, part, state, tick, keep)[1])
 
     def heal(start, state, part):
-        ckpt = out / "ckpt" / slug(f"s{seed}", spec, start)
+        ckpt = out / "ckpt" / (slug(f"s{seed}", spec, start) if start else f"s{seed}-base")
         model, _ = load_checkpoint(f"{ckpt}.pt", device)
         if state:
             model.load_state_dict(state["model"])
@@ -508,10 +506,10 @@ def collect(out):
     """All finished rows of a run folder, in grid order."""
     cells, config, rows = Path(out) / "cells", ev.read_config(out), []
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
-        tags = [slug(f"s{seed}", "base")]
-        for m in config["methods"]:
+        tags = []
+        for m in ["base", *config["methods"]]:
             tags.append(slug(f"s{seed}", m))
-            tags += [slug(f"s{seed}", m, s, "rl") for s in config["rl_from"]]
+            tags += [slug(f"s{seed}", m, s, "rl") for s in [0, *config["rl_from"]]]
         for tag in tags:
             if (cells / f"{tag}.json").exists():
                 rows += ev.read_json(cells / f"{tag}.json")
@@ -605,11 +603,13 @@ def main(argv=None):
                      if not (out / "cells" / f"s{s}-base.json").exists()]
             run_jobs(bases, c.workers, len(bases) * c.base_steps, metrics)
             seeds = able(c)
-            cells = [(run_cell, c, m, s) for s in seeds for m in c.methods]
-            steps = sum(settings_of(m, c)[1].steps + len(starts_of(m, c)) * c.rl_steps
-                        for m in c.methods)
-            run_jobs(cells, c.workers, steps * len(seeds), metrics)
             healed = set(c.rl_methods) & set(c.methods)
+            # GRPO from the base too: what is SFT good for?
+            specs = c.methods + (["base"] if healed else [])
+            cells = [(run_cell, c, m, s) for s in seeds for m in specs]
+            steps = sum(len(starts_of(m, c)) * c.rl_steps for m in specs)
+            steps += sum(settings_of(m, c)[1].steps for m in c.methods)
+            run_jobs(cells, c.workers, steps * len(seeds), metrics)
             if {"sft", "clip"} <= healed and len(c.rl_from) > 3:
                 run_jobs([(ev.measure, out, c, s) for s in seeds], c.workers, len(seeds), metrics)
     except KeyboardInterrupt:

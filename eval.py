@@ -646,7 +646,8 @@ def line(row=None):
     """One evaluated checkpoint in one line; without a row the heading."""
     if row is None:
         return f" seed {'method':22} step" + "".join(f"{name:>9}" for name in COLUMNS.values())
-    name = row["method"] + (f", step {row['init_step']}, RL" if row["stage"] == "rl" else "")
+    name = row["method"] + (f", step {row['init_step']}" * (row["init_step"] > 0) + ", RL"
+                            if row["stage"] == "rl" else "")
     return f"{row['seed']:5d} {name:22} {row['step']:4d}" + "".join(
         f"{row[k]:9.3f}" for k in COLUMNS)
 
@@ -674,6 +675,8 @@ def summary(rows):
         return {k: mean(r[k] for r in rs) for k in keys}
     used = {r["seed"] for r in rows if r["stage"] == "sft"}
     out = [("base", average([r for r in rows if r["stage"] == "base" and r["seed"] in used]))]
+    if healed := [r for r in rows if r["method"] == "base" and r["stage"] == "rl"]:
+        out.append(("base, then RL", average(healed)))
     for m in dict.fromkeys(r["method"] for r in rows if r["stage"] == "sft"):
         mine = [r for r in rows if r["method"] == m]
         curves = {}
@@ -739,8 +742,9 @@ def by_step(rows, method, key, stage="sft"):
 def summary_figure(plt, rows, path):
     """OOD and ID accuracy over SFT updates, RL as arrows."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    methods = list(dict.fromkeys(r["method"] for r in rows if r["stage"] == "rl")) or \
-        list(dict.fromkeys(r["method"] for r in rows if r["stage"] == "sft"))
+    alone = [r for r in rows if r["method"] == "base" and r["stage"] == "rl"]
+    methods = list(dict.fromkeys(r["method"] for r in rows if r["stage"] == "rl" and r["init_step"])
+                   ) or list(dict.fromkeys(r["method"] for r in rows if r["stage"] == "sft"))
     for ax, key, title in zip(axes, ("ood", "id"), ("out of distribution: J, Q, K = 11, 12, 13",
                                                     "in distribution: J = Q = K = 10")):
         for i, (m, color) in enumerate(zip(methods, COLORS)):
@@ -751,6 +755,9 @@ def summary_figure(plt, rows, path):
                 ax.annotate("", (x, mean(healed)), (x, mean(columns[steps.index(s)])),
                             arrowprops=dict(arrowstyle="-|>", color=color, lw=1.6, shrinkA=0,
                                             shrinkB=0))
+        if alone:
+            ax.axhline(mean(r[key] for r in alone), color="black", lw=1.2, ls=":",
+                       label="GRPO from the base, no SFT")
         ax.set(title=title, xlabel="SFT updates (log scale)", xscale="log", ylim=(0, 1.03))
         ticks = [t for t in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= max(steps)]
         ax.set_xticks(ticks, ticks)
