@@ -543,17 +543,18 @@ def finished(tmp_path_factory):
 
 def test_smoke_run_writes_what_it_promises(finished, capsys):
     rows = [json.loads(x) for x in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["method"], r["stage"], r["step"]) for r in rows] == [("base", "base", 0)] + [
-        x for m in ("sft", "clip") for x in
+    assert [(r["method"], r["stage"], r["step"]) for r in rows] == [
+        ("base", "base", 0), ("base", "rl", 2)] + [x for m in ("sft", "clip") for x in
         [(m, "sft", s) for s in (4, 8)] + [(m, "rl", 2)]]
     assert all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
     config = json.loads((finished / "config.json").read_text())
     assert {"python", "torch"} <= set(config["versions"]) and config["lr"] == 3e-4
-    for name in ("s0-base", "s0-sft-8", "s0-sft-8-rl", "s0-clip-8", "s0-clip-8-rl"):
+    for name in ("s0-base", "s0-sft-8", "s0-sft-8-rl", "s0-clip-8", "s0-clip-8-rl",
+                 "s0-base-rl"):
         load_checkpoint(finished / "ckpt" / f"{name}.pt")
     clipsft.ev.main([str(finished)])
     text = capsys.readouterr().out
-    assert all(x in text for x in ("base ", "sft, step 8 ", "clip, step 8, then RL"))
+    assert all(x in text for x in ("base ", "base, then RL ", "sft, step 8 ", "clip, step 8, then RL"))
     clipsft.ev.main([str(finished), "--show", "2"])
     text = capsys.readouterr().out
     assert text.count("values") == 2 and text.count("s0-clip-8-rl") == 2
@@ -565,13 +566,7 @@ def test_a_study_measures_its_checkpoints_once(finished):
                   "--rl_steps", "1", "--lr", "1e-2", "--out_dir", str(out)])
     path = out / "cells" / "s0-measure.json"
     m, before = json.loads(path.read_text()), path.stat().st_mtime_ns
-    assert len(m["angles"]) == len(m["norms"]) == 4
-    assert sorted(m["norms"]) == m["norms"] and m["norms"][0] > 0          # SFT moves on and on
-    base, sft = (load_checkpoint(out / "ckpt" / f"s0-{n}.pt")[0] for n in ("base", "sft-2"))
-    moved = [(q - p).pow(2).sum() for (n, p), q in zip(base.transformer.h.named_parameters(),
-                                                       sft.transformer.h.parameters())
-             if p.dim() == 2]
-    assert m["norms"][0] == pytest.approx(sum(moved).sqrt().item())
+    assert len(m["angles"]) == 4 and sorted(m["angles"]) == m["angles"]    # SFT turns on and on
     assert all(0 < angle < 90 for _, angle in (m["spectrum"], m["spectrum_null"]))
     assert len(m["restore"]) == 5 and len(m["interpolation"]) == 3
     assert all(v > 0 for pairs in m["drift"].values() for _, v in pairs)

@@ -310,11 +310,12 @@ def study(n=3):
             for start in (4, 8, 60, 100, 200) if m != "dft" else ():
                 rows.append(row(seed=s, method=m, stage="rl", init_step=start, step=20, id=1.0,
                                 ood=0.6 + lift + j, ood_a=0.6 + lift + j, ood_b=0.6 + lift + j))
+        rows.append(row(seed=s, method="base", stage="rl", init_step=0, step=20, id=0.9,
+                        ood=0.9 + j, ood_a=0.9 + j, ood_b=0.9 + j))
         g = [dict(tokens=10, full=10.0, logit=1.0), dict(tokens=90, full=1.0, logit=0.1)]
         measured[s] = dict(gradients=g, spectrum=[0.02, 3.0], spectrum_null=[0.08, 4.0],
                            spectrum_same=[0.08, 3.0 + j], angles=[1.0, 0.0, 2.0, 3.0, 4.0],
-                           norms=[1.0, 0.0, 4.0, 3.0, 2.0],
-                           restore={k: dict(ood=v) for k, v in dict(
+                           restore={k: dict(ood=v, id=v / 2) for k, v in dict(
                                late=0.3, fifth=0.5, values=0.3, straight=0.6, all=0.7).items()},
                            drift=dict(sft=[[1, 1]] * 5, clip=[[0.5, 2]] * 5),
                            drift_task=dict(sft=[[1, 1]] * 5, clip=[[1, 1]] * 5),
@@ -352,9 +353,13 @@ def test_claims_on_a_study_whose_effects_are_known():
     assert effect("C12a") == (near(0.1), "holds") and effect("C12c ID 0.9") == (near(0.1), "holds")
     assert effect("C13a") == (near(0.06), "holds")
     assert effect("C13b") == (near(-0.01), "undecided")
-    assert effect("C13c") == (near(2.0), "holds")                     # angles rise, distances fall
+    assert effect("C13c") == (near(1.0), "holds") and c["C13c"]["control_effect"] == near(1.0)
     assert effect("C13d") == (near(0.2), "holds") and effect("C13e") == (near(-0.1), "opposite")
+    assert c["C13d"]["control_effect"] == near(0.1)                   # ID: .25 after .15
     assert c["C13e"]["control_effect"] == near(0.4)
+    assert effect("C13f") == (near(0.4), "holds") and c["C13f"]["control_effect"] == near(0)
+    assert effect("C11d") == (near(-0.3), "opposite") and c["C11d"]["control_effect"] == near(0.1)
+    assert effect("C9 clip 100") == (near(0.1), "holds")              # .7 after .6
     assert effect("C14a") == (near(-1), "opposite") and effect("C14b") == (near(0.5), "holds")
     assert c["C14a"]["control_effect"] == 0
     assert effect("B dft")[1] == "undecided"                          # its lift is .1 on average
