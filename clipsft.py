@@ -380,8 +380,8 @@ def starts_of(spec, c):
 
 
 def run_cell(c, spec, seed, report):
-    """One method on one seed: fine-tune, then GRPO from its checkpoints; for "base" GRPO alone. What
-    is finished is never computed again; what was stopped half-way goes on from its last
+    """One method on one seed: fine-tune, then GRPO from its checkpoints; for "base" GRPO alone.
+    What is finished is never computed again; what was stopped half-way goes on from its last
     checkpoint."""
     out, device = Path(c.out_dir), torch.device(c.device)
     name = f"s{seed} {spec}"

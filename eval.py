@@ -429,8 +429,9 @@ def claims(rows, measured, rl_from):
         return lambda s: mean(rl[m, s, i][key] for i in starts)
 
     def best_end(m, key="ood_b", from_peak=False):
-        return lambda s: max((rl[m, s, i] for i in rl_from if not from_peak
-                              or i >= min(top(m, s)["step"], latest)), key=lambda r: r["ood_a"])[key]
+        return lambda s: max((rl[m, s, i] for i in rl_from
+                              if not from_peak or i >= min(top(m, s)["step"], latest)),
+                             key=lambda r: r["ood_a"])[key]
 
     def matched(m, level, of):
         """of(seed, i, start) at the first start of RL with ID accuracy >= level."""
@@ -533,8 +534,8 @@ def claims(rows, measured, rl_from):
         ("C11b", "2", "and from too late a one", f"OOD after RL from steps {middle} minus from "
          f"{[latest]}", minus(healed(middle), healed([latest])),
          "gain instead of end", minus(gain(middle), gain([latest]))),
-        ("C11d", "2", "RL needs SFT first", "OOD after RL from SFT's best start, minus after RL from "
-         "the base", lambda s: best_end("sft", "ood")(s) - rl["base", s, 0]["ood"],
+        ("C11d", "2", "RL needs SFT first", "OOD after RL from SFT's best start, minus after RL "
+         "from the base", lambda s: best_end("sft", "ood")(s) - rl["base", s, 0]["ood"],
          "ID", lambda s: best_end("sft", "id")(s) - rl["base", s, 0]["id"]),
         ("C11c", "2", "RL heals where ID has headroom", "rank correlation over starts behind "
          "the first two: OOD gained and ID error before", ranks(gained, before("id", -1)),
@@ -554,8 +555,8 @@ def claims(rows, measured, rl_from):
          "degrees, SFT minus random update of equal spectrum",
          lambda s: M[s]["spectrum"][1] - M[s]["spectrum_same"][1],
          "SFT's own angle", lambda s: M[s]["spectrum"][1]),
-        ("C13c", "2", "rotation tracks OOD loss", "rank correlation over starts with the angle from "
-         "the base", tracks(lambda s, i: M[s]["angles"][i]),
+        ("C13c", "2", "rotation tracks OOD loss", "rank correlation over starts with the angle "
+         "from the base", tracks(lambda s, i: M[s]["angles"][i]),
          "with the number of updates alone", tracks(lambda s, i: i)),
         ("C13d", "2", "restoring early vectors restores OOD", "OOD, late model with the leading "
          "fifth of the early vectors minus late model", restored("fifth"),
@@ -600,7 +601,7 @@ def claims(rows, measured, rl_from):
                                     "C14b"))
         m, low, high, said, sure = verdict(values, margin, not_worse=id == "C6")
         out.append(dict(id=id, paper=paper, claim=text, metric=metric, effect=m, ci=[low, high],
-                        n=len(values), verdict=said, sure=sure))
+                        n=len(values), margin=margin, verdict=said, sure=sure))
         if control and len(others := over_seeds(control[1])) > 1:
             m, low, high = paired_ci(others)
             out[-1] |= dict(control=control[0], control_effect=m, control_ci=[low, high],
@@ -785,8 +786,7 @@ def summary_figure(plt, rows, path):
         ticks = [t for t in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= max(steps)]
         ax.set_xticks(ticks, ticks)
     axes[0].set_ylabel("accuracy, greedy decoding")
-    axes[0].legend(loc="lower center", title="arrow: then GRPO on ID prompts", frameon=False,
-                   ncols=2)
+    axes[0].legend(loc="lower left", title="arrow: then GRPO on ID prompts", frameon=False)
     keep(plt, fig, path)
 
 
