@@ -326,10 +326,10 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
         epoch = torch.randperm(N, generator=generator("cpu", seed, "order", step // per_epoch))
         batch = epoch[step % per_epoch * c.batch_size:][:c.batch_size].to(dev)
         fresh = torch.rand(m.shape, generator=generator("cpu", seed, "fresh", step)).to(dev)
+        named = dict(old_logp=old_logp, base_logp=base_logp, fresh=fresh, **never)
         loss = 0.0
         for part, share in micro_batches(mask[batch], c.aggregate, c.grad_accum):
             rows_of = batch[part]
-            named = dict(old_logp=old_logp, base_logp=base_logp, fresh=fresh, **never)
             per_token = (t[rows_of] for t in (m, bins, *named.values()))
             x, x_mask, b_mask, b_bins, *more = trim(ids[rows_of], mask[rows_of], *per_token)
             b = SimpleNamespace(ids=x, ids_mask=x_mask, mask=b_mask, model=model, base=base,
