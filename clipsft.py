@@ -126,7 +126,9 @@ METHODS = {
     "kl": lambda b, c: sft_loss(b.logp) + c.kl_weight * kl_to_base(b),
     "rpsft": lambda b, c: sft_loss(b.logp) + c.rot_weight * rotation(b.model, b.base),
 }
-NEED_OLD = ("clip", "ratio", "rest_random")    # "frozen" keeps the base as its old policy for ever
+# Those that compare with the moving old policy: K = 1 would make them SFT, and their clip_frac is
+# worth reading. ("frozen" keeps the base as its old policy for ever.)
+NEED_OLD = ("clip", "ratio", "rest_random")
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -320,7 +322,7 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
     for step in range(start, c.steps):
         # Every K updates the policy as it stands becomes the old policy. Where K is several epochs
         # (here 3, as in paper 1) a token is trained more than once against the same old policy.
-        if step % c.old_every == 0 and name in NEED_OLD:
+        if step % c.old_every == 0 and name != "frozen":
             with torch.no_grad(), autocast(dev, c.dtype):
                 old_logp = response_logprobs(model, ids, mask)
         epoch = torch.randperm(N, generator=generator("cpu", seed, "order", step // per_epoch))
@@ -353,7 +355,7 @@ def finetune(base, c, spec, seed, path=None, state=None, tick=lambda **_: None,
                 logp = response_logprobs(model, ids, mask)
                 row = dict(seed=seed, method=spec, stage="sft", init_step=0, step=step + 1,
                            **ev.evaluate(model, c, base), loss=ev.mean(losses))
-            clipped[0] *= name in (*NEED_OLD, "frozen")    # the others have no old policy
+            clipped[0] *= name in (*NEED_OLD, "frozen")    # the others clip nothing
             sums = by_bin(logp, bins, m)
             row |= dict(clip_frac=(clipped[0].sum() / clipped[1].sum()).item(), n_bin=n_bin,
                         clip_bins=(clipped[0] / clipped[1].clamp(min=1)).tolist(),

@@ -195,6 +195,13 @@ def test_old_policy_is_refreshed_every_k_updates(tiny, monkeypatch):
     assert fresh == [True, False, False] * 3
 
 
+def test_a_new_method_finds_the_old_policy_refreshed(tiny, monkeypatch):
+    monkeypatch.setitem(clipsft.METHODS, "mine", clipsft.METHODS["clip"])
+    mine, clip = (finetune(tiny, dataclasses.replace(SMALL, lr=3e-3), m, 0)[0].state_dict()
+                  for m in ("mine", "clip"))
+    assert all(torch.equal(mine[k], clip[k]) for k in clip)
+
+
 def test_frozen_old_policy_is_the_base(tiny, monkeypatch):
     seen = []
     monkeypatch.setitem(clipsft.METHODS, "frozen", lambda b, c: (
