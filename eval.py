@@ -786,7 +786,8 @@ def summary_figure(plt, rows, path):
         ticks = [t for t in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= max(steps)]
         ax.set_xticks(ticks, ticks)
     axes[0].set_ylabel("accuracy, greedy decoding")
-    axes[0].legend(loc="lower left", title="arrow: then GRPO on ID prompts", frameon=False)
+    axes[0].legend(loc="lower left", frameon=False,
+                   title="arrow: then GRPO on ID prompts" if alone else None)
     keep(plt, fig, path)
 
 
