@@ -358,7 +358,7 @@ def claims(rows, measured, rl_from):
     last_step = {m: max(max(steps) for (k, _), steps in sft.items() if k == m) for m, _ in sft}
     sft = {k: steps for k, steps in sft.items() if max(steps) == last_step[k[0]]}    # whole runs
     late, middle = [i for i in rl_from if i >= 100], [i for i in rl_from if 60 <= i <= 100]
-    end, latest = last_step.get("sft"), max(rl_from)
+    end, latest = last_step.get("sft", max(rl_from)), max(rl_from)
     long = {m.partition(":")[0]: m for m, _ in sft if ":steps=" in m}
     more = ":demos=256"
 
