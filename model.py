@@ -40,22 +40,23 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd)
         self.c_proj = nn.Linear(c.n_embd, c.n_embd)
 
-    def forward(self, x, cache=None, slots=None, seen=None):
-        """x (B, T, C) -> (B, T, C). With a cache, keys and values are also kept. Prefill, T > 1: in
-        the first T slots of a cache (2, B, n, H, S, D), for n rows that share the prompt. Decode,
-        T = 1: in the given slots of a cache (2, B, H, S, D), and x attends to all of them where
-        `seen` (B, 1, 1, S) is 0, not -inf."""
+    def forward(self, x, cache=(), seen=None):
+        """x (B, T, C) -> (B, T, C). A cache (keys, values), each (rows, H, S, D), keeps those of x.
+        Prefill: in the first T of its slots, rows / B copies of each prompt. Decode, T = 1 and rows
+        = B: in the last, and x attends to all S; seen (B, 1, 1, S) is -inf at slots that a row must
+        not see and 0 elsewhere."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        if cache is None or slots is None:
-            if cache is not None:
-                cache[0][..., :T, :], cache[1][..., :T, :] = k[:, None], v[:, None]
+        if seen is None:
+            for kept, new in zip(cache, (k, v)):
+                kept.unflatten(0, (B, -1))[..., :T, :] = new[:, None]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, H, T, D)
         else:    # one query a row: two plain products beat the fused kernel
-            cache[0][slots], cache[1][slots] = k.squeeze(2), v.squeeze(2)
+            for kept, new in zip(cache, (k, v)):
+                kept[:, :, -1:] = new
             k, v = cache
             score = q / math.sqrt(q.shape[3]) @ k.transpose(2, 3)            # (B, H, 1, S)
-            y = (score if seen is None else score + seen).softmax(-1) @ v
+            y = (score + seen).softmax(-1) @ v
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -110,6 +111,13 @@ class GPT(nn.Module):
         """ids (B, T) -> logits (B, T, V)."""
         return self.lm_head(self.hidden(ids))
 
+    def step(self, token, pos, cache, seen):
+        """Decode one token a row: token, pos (B,), a cache for each layer -> logits (B, V)."""
+        x = (self.transformer.wte(token) + self.transformer.wpe(pos))[:, None]
+        for block, kv in zip(self.transformer.h, cache):
+            x = block(x, kv, seen)                                           # (B, 1, C)
+        return self.lm_head(self.transformer.ln_f(x[:, 0]))
+
     def generate(self, prompts, lengths, max_new, eos, pad, n=1, temperature=0.0, generator=None):
         """Continue every prompt n times until EOS or max_new tokens, all B = n * len(prompts) rows
         at once; the n rows of a prompt are neighbours and share its prefill.
@@ -125,53 +133,52 @@ class GPT(nn.Module):
         if S > c.block_size:
             raise ValueError(f"prompt {P} + response {max_new} exceed block_size {c.block_size}")
         wte, wpe, blocks = self.transformer.wte, self.transformer.wpe, self.transformer.h
-        ragged = bool((lengths < P).any())
         rows = len(prompts) * n
-        # Zeros, not empty: a masked slot still enters a product, and 0 * NaN is NaN.
         auto = torch.is_autocast_enabled(dev.type)
-        cache = torch.zeros(c.n_layer, 2, rows, c.n_head, S, c.n_embd // c.n_head, device=dev,
-                            dtype=torch.get_autocast_dtype(dev.type) if auto else wte.weight.dtype)
+        dtype = torch.get_autocast_dtype(dev.type) if auto else wte.weight.dtype
+        cache = [[torch.empty(rows, c.n_head, S, c.n_embd // c.n_head, device=dev, dtype=dtype)
+                  for _ in "kv"] for _ in blocks]
         ids = torch.full((rows, S), pad, device=dev)
         ids[:, :P] = prompts.repeat_interleave(n, 0)
         with torch.inference_mode():    # less overhead an operation than no_grad
             x = wte(prompts) + wpe.weight[:P]                                # prefill
             for block, kv in zip(blocks, cache):
-                x = block(x, kv.unflatten(1, (-1, n)))
+                x = block(x, kv)
             x = x[torch.arange(len(x), device=dev), lengths - 1].repeat_interleave(n, 0)  # (B, C)
             lengths = lengths.repeat_interleave(n)
             row, pos = torch.arange(rows, device=dev), lengths               # rows still decoding
             done = torch.zeros(rows, dtype=torch.bool, device=dev)
+            # In the cache every response begins behind the longest prompt: the padding between is
+            # not to be seen.
+            slot = torch.arange(S, device=dev)
+            seen = torch.where((slot < lengths[:, None]) | (slot >= P), 0, -math.inf)
+            seen = seen[:, None, None].to(dtype)                             # (rows, 1, 1, S)
+            logits = self.lm_head(self.transformer.ln_f(x))                  # (rows, V)
             for t in range(max_new):
-                logits = self.lm_head(self.transformer.ln_f(x)).float()      # (rows, V)
                 if temperature > 0:
                     # The first token whose cumulative probability exceeds u: torch.multinomial does
                     # the same more slowly.
-                    cdf = (logits / temperature).softmax(-1).cumsum(-1)
+                    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
                     u = torch.rand(len(row), 1, device=dev, generator=generator) * cdf[:, -1:]
                     token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=c.vocab_size - 1)
                 else:
                     token = logits.argmax(-1)
                 ids[row, pos] = token
                 done = done | (token == eos)
+                if t == max_new - 1:
+                    break
                 # Drop the rows that have finished, once they are many. A look waits for the device:
                 # look rarely.
-                if t % 4 == 3 and (kept := (~done).sum().item()) < 0.8 * len(row):
-                    if not kept:
+                if t % 4 == 3 and (left := (~done).sum().item()) < 0.8 * len(row):
+                    if not left:
                         break
                     live = ~done
-                    row, pos, token, done = row[live], pos[live], token[live], done[live]
-                    cache = cache[:, :, live]
+                    row, pos, seen, token, done = (x[live] for x in (row, pos, seen, token, done))
+                    cache = [[kept[live] for kept in kv] for kv in cache]
                 k = P + t + 1                                                # slots in use
-                if ragged:
-                    seen = torch.where(torch.arange(k, device=dev) <= pos[:, None], 0, -math.inf)
-                    seen = seen[:, None, None].to(cache.dtype)               # (rows, 1, 1, k)
-                    slots = (torch.arange(len(row), device=dev), slice(None), pos)
-                else:
-                    seen, slots = None, (slice(None), slice(None), k - 1)
-                x = (wte(token) + wpe(pos))[:, None]                         # (rows, 1, C)
-                for block, kv in zip(blocks, cache):
-                    x = block(x, kv[:, :, :, :k], slots, seen)
-                x, pos = x[:, 0], pos + 1
+                used = [[kept[:, :, :k] for kept in kv] for kv in cache]
+                logits = self.step(token, pos, used, seen[..., :k])
+                pos = pos + 1
         # A row went on until it was dropped: what lies behind its first EOS does not count.
         t = torch.arange(S, device=dev)
         mask = (t >= lengths[:, None]) & (t < lengths[:, None] + max_new)
@@ -310,9 +317,10 @@ def pick_device(name):
 
 
 def compiled(model, wanted):
-    """--compile: the forward pass of pre-training and SFT, once for all shapes (not decoding)."""
+    """--compile: the forward pass and the decoding step, once for all shapes (about a minute)."""
     if wanted:
         model.hidden = torch.compile(model.hidden, dynamic=True)
+        model.step = torch.compile(model.step, dynamic=True)
 
 
 def autocast(device, dtype):
@@ -401,7 +409,7 @@ class Bench:
     threads: int = arg(0, "CPU threads, 0 is all", above=-1)
     device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = arg("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16"))
-    compile: bool = arg(False, "torch.compile the training forward pass")
+    compile: bool = arg(False, "torch.compile the training forward pass and the decoding step")
 
 
 def main(argv=None):
