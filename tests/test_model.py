@@ -105,6 +105,9 @@ def test_generate_equals_growing_each_row_alone(tiny):
         assert mask[i].nonzero().flatten().tolist() == list(range(n, len(row)))
         ended += int(row[-1] == eos)
     assert 0 < ended < len(prompts)
+    thrice, its_mask = tiny.generate(prompts, lengths, 14, eos, data.PAD, 3)
+    assert torch.equal(thrice, ids.repeat_interleave(3, 0))
+    assert torch.equal(its_mask, mask.repeat_interleave(3, 0))
 
 
 def test_equal_lengths_take_the_same_way_as_ragged_ones(tiny):
@@ -199,6 +202,8 @@ def test_sampling_in_bfloat16(tiny):
         with torch.autocast("cpu", torch.bfloat16):
             ids, _ = tiny.generate(prompts[:, :P], n, 4, -1, data.PAD)
         assert (ids == exact).float().mean() > 0.9
+    ids, _ = tiny.bfloat16().generate(prompts, lengths, 4, -1, data.PAD)    # weights, not autocast
+    assert (ids[:, :10][prompts != data.PAD] == prompts[prompts != data.PAD]).all()
 
 
 # ---- log-probabilities
