@@ -595,7 +595,7 @@ def able(c):
 def main(argv=None):
     c = prepare(argv)
     out, seeds = Path(c.out_dir), range(c.seed, c.seed + c.seeds)
-    torch.set_num_threads(1)    # one thread a process: as fast at this size, and never contended
+    torch.set_num_threads(1)    # results must not depend on the number of cores
     try:
         with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics:
             for row in collect(out):

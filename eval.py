@@ -930,7 +930,8 @@ def mark(problem, text):
 def show(run, n):
     """n OOD problems, and what each checkpoint of the first seed makes of them."""
     c = read_config(run)
-    files = sorted((Path(run) / "ckpt").glob(f"s{c['seed']}-*.pt"), key=lambda p: p.stat().st_mtime)
+    files = sorted((Path(run) / "ckpt").glob(f"s{c['seed']}-*.pt"),    # by method, then by step
+                   key=lambda p: [w.zfill(9) if w.isdigit() else w for w in p.stem.split("-")])
     if not files:
         raise BadInput(f"{run} holds no checkpoints")
     problems = eval_sets(max(8, n))["ood"][:n]

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -570,6 +572,15 @@ def test_smoke_run_writes_what_it_promises(finished, capsys):
     clipsft.ev.main([str(finished), "--show", "2"])
     text = capsys.readouterr().out
     assert text.count("values") == 2 and text.count("s0-clip-8-rl") == 2
+
+
+def test_show_goes_by_method_and_step(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.copy(run / "ckpt" / "s0-sft-8.pt", run / "ckpt" / "s0-sft-16.pt")
+    clipsft.ev.main([str(run), "--show", "1"])
+    assert re.findall(r"s0-\S+", capsys.readouterr().out) == [
+        "s0-base", "s0-base-rl", "s0-clip-8", "s0-clip-8-rl", "s0-sft-8", "s0-sft-8-rl",
+        "s0-sft-16"]
 
 
 def test_a_study_measures_its_checkpoints_once(finished):
