@@ -164,7 +164,7 @@ class Config(RLConfig):
     base_docs: int = arg(60000, "different pre-training documents", above=0)
     min_base: float = arg(0.9, "seeds whose base adds up fewer random-rule hands are left out",
                           above=-1e-9, below=1)
-    compile: bool = arg(False, "torch.compile the forward pass of pre-training and SFT")
+    compile: bool = arg(False, "torch.compile the forward pass and decoding")
     workers: int = arg(0, "processes, one thread each; 0 is one a core, on CUDA one", above=-1)
     out_dir: str = arg("runs/main", "run folder; bases are cached in its parent folder")
     resume: bool = arg(False, "finish a stopped run")
