@@ -425,6 +425,7 @@ def run_cell(c, spec, seed, report):
         model, _ = load_checkpoint(f"{ckpt}.pt", device)
         if state:
             model.load_state_dict(state["model"])
+        compiled(model, c.compile)
         try:
             stats = grpo(model, c, seed, part, state=state, tick=tick)
         except FloatingPointError as e:

@@ -40,20 +40,20 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd)
         self.c_proj = nn.Linear(c.n_embd, c.n_embd)
 
-    def forward(self, x, cache=(), seen=None):
-        """x (B, T, C) -> (B, T, C). A cache (keys, values), each (rows, H, S, D), keeps those of x.
-        Prefill: in the first T of its slots, rows / B copies of each prompt. Decode, T = 1 and rows
-        = B: in the last, and x attends to all S; seen (B, 1, 1, S) is -inf at slots that a row must
-        not see and 0 elsewhere."""
+    def forward(self, x, cache=None, seen=None):
+        """x (B, T, C) -> (B, T, C). A cache (2, rows, H, S, D) keeps the keys and values of x.
+        Prefill: in the first T of its S slots, rows / B copies of each prompt. Decode, T = 1 and
+        rows = B: in the last, and x attends to all S; seen (B, 1, 1, S) is -inf at slots that a row
+        must not see and 0 elsewhere."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv                                                        # (B, H, T, D)
         if seen is None:
-            for kept, new in zip(cache, (k, v)):
-                kept.unflatten(0, (B, -1))[..., :T, :] = new[:, None]
+            if cache is not None:
+                cache.unflatten(1, (B, -1))[..., :T, :] = qkv[1:, :, None]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, H, T, D)
         else:    # one query a row: two plain products beat the fused kernel
-            for kept, new in zip(cache, (k, v)):
-                kept[:, :, -1:] = new
+            cache[..., -1:, :] = qkv[1:]
             k, v = cache
             score = q / math.sqrt(q.shape[3]) @ k.transpose(2, 3)            # (B, H, 1, S)
             y = (score + seen).softmax(-1) @ v
@@ -112,7 +112,8 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(ids))
 
     def step(self, token, pos, cache, seen):
-        """Decode one token a row: token, pos (B,), a cache for each layer -> logits (B, V)."""
+        """Decode one token a row: token, pos (B,) -> logits (B, V). cache: for each layer its slots
+        in use, the last of them for this token; seen as in Attention."""
         x = (self.transformer.wte(token) + self.transformer.wpe(pos))[:, None]
         for block, kv in zip(self.transformer.h, cache):
             x = block(x, kv, seen)                                           # (B, 1, C)
@@ -136,11 +137,11 @@ class GPT(nn.Module):
         rows = len(prompts) * n
         auto = torch.is_autocast_enabled(dev.type)
         dtype = torch.get_autocast_dtype(dev.type) if auto else wte.weight.dtype
-        cache = [[torch.empty(rows, c.n_head, S, c.n_embd // c.n_head, device=dev, dtype=dtype)
-                  for _ in "kv"] for _ in blocks]
         ids = torch.full((rows, S), pad, device=dev)
         ids[:, :P] = prompts.repeat_interleave(n, 0)
         with torch.inference_mode():    # less overhead an operation than no_grad
+            cache = [torch.empty(2, rows, c.n_head, S, c.n_embd // c.n_head, device=dev,
+                                 dtype=dtype) for _ in blocks]
             x = wte(prompts) + wpe.weight[:P]                                # prefill
             for block, kv in zip(blocks, cache):
                 x = block(x, kv)
@@ -148,8 +149,7 @@ class GPT(nn.Module):
             lengths = lengths.repeat_interleave(n)
             row, pos = torch.arange(rows, device=dev), lengths               # rows still decoding
             done = torch.zeros(rows, dtype=torch.bool, device=dev)
-            # In the cache every response begins behind the longest prompt: the padding between is
-            # not to be seen.
+            # In the cache every response begins at slot P: the padding before it is not to be seen.
             slot = torch.arange(S, device=dev)
             seen = torch.where((slot < lengths[:, None]) | (slot >= P), 0, -math.inf)
             seen = seen[:, None, None].to(dtype)                             # (rows, 1, 1, S)
@@ -174,17 +174,17 @@ class GPT(nn.Module):
                         break
                     live = ~done
                     row, pos, seen, token, done = (x[live] for x in (row, pos, seen, token, done))
-                    cache = [[kept[live] for kept in kv] for kv in cache]
+                    cache = [kv[:, live] for kv in cache]
                 k = P + t + 1                                                # slots in use
-                used = [[kept[:, :, :k] for kept in kv] for kv in cache]
+                used = [kv[..., :k, :] for kv in cache]
                 logits = self.step(token, pos, used, seen[..., :k])
                 pos = pos + 1
         # A row went on until it was dropped: what lies behind its first EOS does not count.
-        t = torch.arange(S, device=dev)
-        mask = (t >= lengths[:, None]) & (t < lengths[:, None] + max_new)
+        behind = slot >= lengths[:, None]                                    # the prompt
+        mask = behind & (slot < lengths[:, None] + max_new)
         ends = (ids == eos) & mask
         mask &= ends.cumsum(1) - ends.long() == 0
-        return ids.masked_fill(~mask & (t >= lengths[:, None]), pad), mask
+        return ids.masked_fill(behind & ~mask, pad), mask
 
 
 # -------------------------------------------------------------------------------- log-probabilities
@@ -317,7 +317,8 @@ def pick_device(name):
 
 
 def compiled(model, wanted):
-    """--compile: the forward pass and the decoding step, once for all shapes (about a minute)."""
+    """--compile: the forward pass and the decoding step, for all sizes at once. The last thing to
+    do with a model: a deep copy of it would still run these weights."""
     if wanted:
         model.hidden = torch.compile(model.hidden, dynamic=True)
         model.step = torch.compile(model.step, dynamic=True)
