@@ -17,6 +17,7 @@ import time
 import zlib
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn as nn
@@ -462,11 +463,12 @@ def main(argv=None):
             model.generate(prompts, lengths, T - P, -1, 0, n=8, temperature=1.0)
     where = torch.cuda.get_device_name() if dev.type == "cuda" else \
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}, {c.dtype}; medians of 10, taken in "
-          "turn; tokens without padding")
-    kinds = {f"train, {c.rows} x {T}, padded, all logits": (plain, tokens),
-             f"train, {c.rows} x {T}, as clipsft.py does": (ours, tokens),
-             f"sample, {c.sample_rows} x {T - P}": (sample, c.sample_rows * (T - P))}
+    print(f"{where}, torch {torch.__version__}, {c.dtype}\nmedians of 10, taken in turn; tokens "
+          "without padding; x: times as fast as the row above")
+    sampled = c.sample_rows * (T - P)
+    kinds = [(f"train, {c.rows} x {T}, padded, all logits", plain, tokens),
+             (f"train, {c.rows} x {T}, as clipsft.py does", ours, tokens),
+             (f"sample, {c.sample_rows} x {T - P}", sample, sampled)]
     try:             # for comparison, where it is installed: the same shape in another library
         from transformers import GPT2Config, GPT2LMHeadModel
         hf = GPT2LMHeadModel(GPT2Config(
@@ -477,23 +479,24 @@ def main(argv=None):
             with autocast(dev, c.dtype):
                 hf.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True,
                             top_k=0, max_new_tokens=T - P, num_return_sequences=8, pad_token_id=0)
-        kinds["the same with transformers"] = (theirs, c.sample_rows * (T - P))
+        kinds.insert(2, (f"sample, {c.sample_rows} x {T - P}, transformers", theirs, sampled))
     except ImportError:
         pass
-    times = {k: [] for k in kinds}
-    for _ in range(12):
-        for k, (work, _) in kinds.items():
+    times, hopper = [[] for _ in kinds], "H100" in where or "H200" in where
+    for turn in range(-2, 10):    # two to warm up
+        for (_, work, _), seconds in zip(kinds, times):
             start = time.perf_counter()
             work()
             if dev.type == "cuda":
                 torch.cuda.synchronize()
-            times[k].append(time.perf_counter() - start)
-    for k, (_, tokens) in kinds.items():
-        t = sorted(times[k][2:])[5]
+            if turn >= 0:
+                seconds.append(time.perf_counter() - start)
+    for i, (name, _, tokens) in enumerate(kinds):
+        t, gain = median(times[i]), median(a / b for a, b in zip(times[i - 1], times[i]))
         # 6 n + 12 L C T FLOPs a token (PaLM, appendix B), against the H100's and H200's 989 TFLOP/s
         mfu = tokens * (6 * n + 12 * c.n_layer * c.n_embd * T) / t / 989e12
-        print(f"{k:>36} {1e3 * t:9.1f} ms {tokens / t:12,.0f} tokens/s" +
-              (f"  MFU {mfu:.1%}" if "train" in k and ("H100" in where or "H200" in where) else ""))
+        print(f"{name:>36} {1e3 * t:9.1f} ms {tokens / t:12,.0f} tokens/s" +
+              (f"{gain:7.2f}x" if i % 2 else "") + (f"  MFU {mfu:.1%}" if i < 2 and hopper else ""))
     if dev.type == "cuda":
         print(f"{'peak memory':>36} {torch.cuda.max_memory_allocated() / 2**20:9.0f} MiB")
     else:
