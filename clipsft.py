@@ -20,6 +20,7 @@ import queue
 import random
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,7 +166,7 @@ class Config(RLConfig):
     min_base: float = arg(0.9, "seeds whose base adds up fewer random-rule hands are left out",
                           above=-1e-9, below=1)
     compile: bool = arg(False, "torch.compile the forward pass and decoding")
-    workers: int = arg(0, "processes, one thread each; 0 is one a core, on CUDA one", above=-1)
+    workers: int = arg(0, "processes; 0 is one a core, on CUDA one", above=-1)
     out_dir: str = arg("runs/main", "run folder; bases are cached in its parent folder")
     resume: bool = arg(False, "finish a stopped run")
 
@@ -265,6 +266,15 @@ def train_base(c, seed, path, device, report):
     start = state["step"] if state else 0
     report(skipped=start)
     compiled(model, c.compile)
+
+    def gradients(part):    # not loss.backward(): two threads would add to the same .grad
+        rows, share = part
+        x, m = (t.to(device) for t in trim(ids[rows], mask[rows]))
+        with autocast(device, c.dtype):
+            loss = share * masked_mean(-response_logprobs(model, x, m), m[:, 1:])
+        return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
+    # Two cores for one seed. map keeps the order of the sum, whichever thread is done first.
+    threads = ThreadPoolExecutor(2, initializer=lambda: torch.set_num_threads(1))
     per_epoch = c.base_docs // c.base_batch
     for step in range(start, c.base_steps):
         if step == start or step % per_epoch == 0:
@@ -272,12 +282,11 @@ def train_base(c, seed, path, device, report):
         rows = order[step % per_epoch * c.base_batch:][:c.base_batch]
         rows = rows[length[rows].argsort()]    # short rows together: micro-batches without padding
         total = 0.0
-        for run, share in micro_batches(mask[rows], "token", 2 * c.grad_accum):
-            x, m = (t.to(device) for t in trim(ids[rows[run]], mask[rows[run]]))
-            with autocast(device, c.dtype):
-                loss = share * masked_mean(-response_logprobs(model, x, m), m[:, 1:])
-            loss.backward()
-            total += loss.item()
+        parts = micro_batches(mask[rows], "token", 2 * c.grad_accum)
+        for loss, grads in threads.map(gradients, ((rows[run], share) for run, share in parts)):
+            total += loss
+            for p, grad in zip(model.parameters(), grads):
+                p.grad = grad if p.grad is None else p.grad + grad
         # warm up for 100 steps, then down to 0 in a straight line
         update(model, opt, c.base_lr * min(1, (step + 1) / 100) * (1 - step / c.base_steps))
         report(cell=f"base {seed}", loss=total)
