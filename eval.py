@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import data
@@ -349,8 +350,10 @@ def claims(rows, measured, rl_from):
     base, same demonstrations in the same order), positive in the direction claimed. What stands
     beside it (control) takes no part in the verdict. A claim whose runs are not in the folder is
     left out."""
-    sft, rl, M = {}, {}, measured
+    base, sft, rl, M = {}, {}, {}, measured
     for r in rows:
+        if r["stage"] == "base":
+            base[r["seed"]] = r
         if r["stage"] == "sft":
             sft.setdefault((r["method"], r["seed"]), {})[r["step"]] = r
         if r["stage"] == "rl":
@@ -433,6 +436,17 @@ def claims(rows, measured, rl_from):
                               if not from_peak or i >= min(top(m, s)["step"], latest)),
                              key=lambda r: r["ood_a"])[key]
 
+    def answers(f):    # the last number alone right, OOD, against the base
+        return lambda s: f(s)["answer_ood"] - base[s]["answer_ood"]
+
+    def at_drift(key):    # RL's ends from clip above those from SFT at the same KL(base || start)
+        def f(s):
+            xs, ys = zip((0, rl["base", s, 0][key]), *sorted(
+                (sft["sft", s][i]["kl_base"], rl["sft", s, i][key]) for i in rl_from))
+            mine = [(sft["clip", s][i]["kl_base"], rl["clip", s, i][key]) for i in rl_from]
+            return mean(end - np.interp(x, xs, ys) for x, end in mine if x <= xs[-1])
+        return f
+
     def matched(m, level, of):
         """of(seed, i, start) at the first start of RL with ID accuracy >= level."""
         return lambda s: first(of(s, i, n) for i, n in enumerate(rl_from)
@@ -513,6 +527,10 @@ def claims(rows, measured, rl_from):
          f"after {end}", versus(last, "clip", "sft", "entropy")),
         ("C8a", "2", "OOD peaks early in SFT, then falls", f"peak minus step {end}", fall("sft"),
          "in any format", fall("sft", "answer_ood_b")),
+        ("C8e", "2", "OOD rises before it falls, in any format", "last number right, OOD: best "
+         "checkpoint minus base",
+         answers(lambda s: max(run("sft", s), key=lambda r: r["answer_ood"])),
+         "at the peak of strict OOD", answers(lambda s: top("sft", s))),
         ("C8b", "2", "while ID rises", "ID at step 100 minus ID at the OOD peak",
          lambda s: sft["sft", s][100]["id"] - top("sft", s)["id"],
          "OOD lost meanwhile", fall("sft", step=100)),
@@ -523,6 +541,9 @@ def claims(rows, measured, rl_from):
         *((f"C9 {i}", "2", f"RL on ID prompts restores OOD at step {i}", "OOD after RL minus "
            "before", gain([i]), "as a share of what was lost since the peak",
            part(gain([i], "ood_b"), fall("sft", step=i))) for i in late),
+        ("C9 any", "2", "the same in any format", f"last number right, OOD, mean over "
+         f"{late}: after RL minus before", gain(late, "answer_ood"), f"from {rl_from[:2]}",
+         gain(rl_from[:2], "answer_ood")),
         *((f"C9 clip {i}", "2", f"the same after clip, step {i}", "OOD after RL minus before",
            gain([i], m="clip")) for i in late),
         ("C10", "2", "but not beyond the early peak", "SFT's OOD peak minus best RL end from the "
@@ -548,6 +569,8 @@ def claims(rows, measured, rl_from):
         *((f"C12c ID {x}", "1, 3", "the same at matched ID", "OOD after RL from the first start of "
            f"ID >= {x}", minus(*(matched(m, x, lambda s, i, n, m=m: rl[m, s, n]["ood"])
                                  for m in ("clip", "sft")))) for x in (0.8, 0.9)),
+        ("C12d", "1, 3", "the same at matched drift", "OOD after RL, clip minus SFT at the same "
+         "KL(base || start), mean over clip's starts", at_drift("ood"), "ID", at_drift("id")),
         ("C13a", "2", "singular values stay, more than by chance", "mean relative change, random "
          "update of equal norm minus SFT", lambda s: M[s]["spectrum_null"][0] - M[s]["spectrum"][0],
          "SFT's own change", lambda s: M[s]["spectrum"][0]),
@@ -662,8 +685,9 @@ def read_rows(run):
     return rows
 
 
-COLUMNS = dict(id="ID", ood="OOD", random="random", prior="prior", entropy="entropy",
-               clip_frac="clipped")
+# "OOD any": the last number alone, in any format
+COLUMNS = dict(id="ID", ood="OOD", answer_ood="OOD any", random="random", prior="prior",
+               entropy="entropy", clip_frac="clipped")
 
 
 def line(row=None):
@@ -685,10 +709,10 @@ def table(rows):
 
 
 def peak(rows):
-    """The row of the OOD peak: picked on one half of the OOD set; its `ood` is then the other
-    half's, for the best of many on the half that picked it would flatter."""
+    """The row of the OOD peak: picked on one half of the OOD set; its `ood` and `answer_ood` are
+    then the other half's, for the best of many on the half that picked it would flatter."""
     best = max(rows, key=lambda r: r["ood_a"])
-    return best | dict(ood=best["ood_b"])
+    return best | dict(ood=best["ood_b"], answer_ood=best["answer_ood_b"])
 
 
 def summary(rows):
@@ -697,8 +721,7 @@ def summary(rows):
     def average(rs):
         keys = [k for k, v in rs[0].items() if isinstance(v, (int, float))]
         return {k: mean(r[k] for r in rs) for k in keys}
-    used = {r["seed"] for r in rows if r["stage"] == "sft"}
-    out = [("base", average([r for r in rows if r["stage"] == "base" and r["seed"] in used]))]
+    out = [("base", average([r for r in rows if r["stage"] == "base"]))]
     if healed := [r for r in rows if r["method"] == "base" and r["stage"] == "rl"]:
         out.append(("base, then RL", average(healed)))
     for m in dict.fromkeys(r["method"] for r in rows if r["stage"] == "sft"):
@@ -765,54 +788,64 @@ def by_step(rows, method, key, stage="sft"):
 
 def summary_figure(plt, rows, path):
     """OOD and ID accuracy over SFT updates, RL as arrows."""
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    alone = [r for r in rows if r["method"] == "base" and r["stage"] == "rl"]
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True)
     methods = list(dict.fromkeys(r["method"] for r in rows if r["stage"] == "rl" and r["init_step"])
                    ) or list(dict.fromkeys(r["method"] for r in rows if r["stage"] == "sft"))
     for ax, key, title in zip(axes, ("ood", "id"), ("out of distribution: J, Q, K = 11, 12, 13",
                                                     "in distribution: J = Q = K = 10")):
+        def arrow(x, start, end, color):
+            ax.annotate("", (x, mean(end)), (x, mean(start)), arrowprops=dict(
+                arrowstyle="-|>", color=color, lw=1.6, shrinkA=0, shrinkB=0))
+        base = by_step(rows, "base", key, "base")[1]
+        for end in by_step(rows, "base", key, "rl")[1]:
+            arrow(2, base[0], end, "black")
         for i, (m, color) in enumerate(zip(methods, COLORS)):
             steps, columns = by_step(rows, m, key)
-            band(ax, steps, columns, color, m, marker=".")
-            for s, healed in zip(*by_step(rows, m, key, "rl")):
-                x = s * 1.06 ** (i - (len(methods) - 1) / 2)
-                ax.annotate("", (x, mean(healed)), (x, mean(columns[steps.index(s)])),
-                            arrowprops=dict(arrowstyle="-|>", color=color, lw=1.6, shrinkA=0,
-                                            shrinkB=0))
-        if alone:
-            ax.axhline(mean(r[key] for r in alone), color="black", lw=1.2, ls=":",
-                       label="GRPO from the base, no SFT")
+            band(ax, [2] + steps, base + columns, color, m, marker=".")    # the base stands at 2
+            for s, end in zip(*by_step(rows, m, key, "rl")):
+                arrow(s * 1.06 ** (i - (len(methods) - 1) / 2), columns[steps.index(s)], end, color)
+            any_format = by_step(rows, "base", f"answer_{key}", "base")[1] \
+                + by_step(rows, m, f"answer_{key}")[1]
+            ax.plot([2] + steps, list(map(mean, any_format)), "--", color=color, lw=1)
         ax.set(title=title, xlabel="SFT updates (log scale)", xscale="log", ylim=(0, 1.03))
-        ticks = [t for t in (2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= max(steps)]
-        ax.set_xticks(ticks, ticks)
+        ticks = [t for t in (5, 10, 20, 50, 100, 200, 500, 1000) if t <= max(steps)]
+        ax.set_xticks([2, *ticks], ["base", *ticks])
+        ax.minorticks_off()
     axes[0].set_ylabel("accuracy, greedy decoding")
-    axes[0].legend(loc="lower left", frameon=False,
-                   title="arrow: then GRPO on ID prompts" if alone else None)
+    axes[1].legend(loc="lower center", frameon=False,
+                   title="arrow: GRPO on ID prompts\ndashed: last number right, in any format")
     keep(plt, fig, path)
 
 
 def plane_figure(plt, rows, path):
-    """The ID-OOD plane: the trajectory of each method, means over seeds, and where RL leads from
-    it."""
-    fig, ax = plt.subplots(figsize=(7.5, 5.5))
-    for m, color in zip(("sft", "clip"), COLORS):
-        steps, xs = by_step(rows, m, "id")
-        ys = by_step(rows, m, "ood")[1]
-        x, y = [mean(v) for v in xs], [mean(v) for v in ys]
-        ax.plot(x, y, ".-", color=color, label=m)
-        if len(xs[0]) > 1:    # 95 % intervals
-            half_x, half_y = ([ci[2] - ci[0] for ci in map(paired_ci, vs)] for vs in (xs, ys))
-            ax.errorbar(x, y, half_y, half_x, fmt="none", color=color, alpha=0.2)
-        for s, end_x, end_y in zip(*by_step(rows, m, "id", "rl"), by_step(rows, m, "ood", "rl")[1]):
-            i = steps.index(s)
-            ax.plot(mean(end_x), mean(end_y), "^", color=color, alpha=0.6)
-            ax.annotate("", (mean(end_x), mean(end_y)), (x[i], y[i]), arrowprops=dict(
-                arrowstyle="-", color=color, alpha=0.45, lw=1.2, ls=":"))
-            ax.annotate(s, (x[i], y[i]), textcoords="offset points", xytext=(4, 4), color=color,
-                        size=9)
-    ax.set(xlabel="ID accuracy", ylabel="OOD accuracy",
-           title="SFT along the lines (numbers: updates), then GRPO (triangles)")
-    ax.legend(frameon=False, loc="upper left")
+    """Left the ID-OOD plane, the trajectory of each method and where RL leads; right where RL leads
+    from equal drift. Means over seeds with 95 % intervals."""
+    fig, (plane, drift) = plt.subplots(1, 2, figsize=(10, 4.8))
+
+    def points(ax, xs, ys, color, mark, names, alpha=0.25, above=5, **line):
+        ax.plot([mean(v) for v in xs], [mean(v) for v in ys], mark, color=color, **line)
+        for x, y, name in zip(xs, ys, names):
+            (x, x0, x1), (y, y0, y1) = paired_ci(x), paired_ci(y)
+            if x1 < math.inf:
+                ax.errorbar(x, y, (y1 - y0) / 2, (x1 - x0) / 2, color=color, alpha=alpha)
+            ax.annotate(name, (x, y), textcoords="offset points", xytext=(4, above), color=color,
+                        size=8)
+    for m, color, above in (("sft", COLORS[0], -11), ("clip", COLORS[1], 5)):
+        steps, ids = by_step(rows, m, "id")
+        points(plane, ids, by_step(rows, m, "ood")[1], color, ".-", steps, 0.2, above, label=m)
+        starts, ends = by_step(rows, m, "ood", "rl")
+        points(plane, by_step(rows, m, "id", "rl")[1], ends, color, "^", starts, 0, -3)
+        kl = dict(zip(*by_step(rows, m, "kl_base")))
+        points(drift, [kl[s] for s in starts], ends, color, "^-", starts, 0.4, above, label=m)
+    ids, ends = (by_step(rows, "base", key, "rl")[1] for key in ("id", "ood"))
+    points(plane, ids, ends, "black", "*", [""], 0.2)
+    points(drift, [[0] * len(v) for v in ends], ends, "black", "*", [""], 0.4,
+           label="base, no SFT")
+    plane.set(xlabel="ID accuracy", ylabel="OOD accuracy",
+              title="lines: SFT, by updates; triangles: after GRPO")
+    drift.set(xlabel="KL(base, model) before GRPO, nats a token", ylabel="OOD accuracy after GRPO",
+              title="after GRPO, by drift before it")
+    drift.legend(frameon=False)
     keep(plt, fig, path)
 
 
@@ -823,13 +856,14 @@ def study_figure(plt, rows, measured, rl_from, path):
     seeds = sorted(measured)
     for m, color in zip(("sft", "clip"), COLORS):
         mine = [r for r in rows if r["method"] == m]
-        start = {(r["seed"], r["step"]): r["ood"] for r in mine if r["stage"] == "sft"}
-        gains = {}
-        for r in mine:
-            if r["stage"] == "rl":
-                gains.setdefault(r["init_step"], []).append(
-                    r["ood"] - start[r["seed"], r["init_step"]])
-        band(heal, list(gains), list(gains.values()), color, m, marker=".")
+        start = {(r["seed"], r["step"]): r for r in mine if r["stage"] == "sft"}
+        for key, style, name in (("ood", "-", ""), ("answer_ood", "--", ", in any format")):
+            gains = {}
+            for r in mine:
+                if r["stage"] == "rl":
+                    gains.setdefault(r["init_step"], []).append(
+                        r[key] - start[r["seed"], r["init_step"]][key])
+            band(heal, list(gains), list(gains.values()), color, m + name, ls=style)
         for kind, style, name in ((1, "-", "mean shift"), (0, ":", "PCA centroid")):
             band(drift, rl_from, [[measured[s]["drift"][m][i][kind] for s in seeds]
                                   for i in range(len(rl_from))], color, f"{m}, {name}", ls=style)
@@ -844,7 +878,7 @@ def study_figure(plt, rows, measured, rl_from, path):
         if bins:
             band(clip, [0.05 + 0.1 * i for i in range(10)], list(zip(*bins)), color,
                  f"updates {since + 1} to {s}", marker=".")
-    clip.set(title="Tokens clipped, by base probability", xlabel="base probability of the token",
+    clip.set(title="Tokens that clip has clipped", xlabel="base probability of the token",
              ylabel="fraction clipped", ylim=(-0.02, 1.02))
     for key, color, label in (("angles", COLORS[0], "sft, from the base"),
                               ("angles_null", "black", "random update of equal norm")):
@@ -871,9 +905,11 @@ def entropy_figure(plt, rows, path):
         more = [(s, v) for s, v in zip(*by_step(rows, m, "entropy")) if s > max(steps, default=0)]
         band(ax, steps + [s for s, _ in more], columns + [v for _, v in more],
              COLORS[short == "clip"], short, marker=".")
+    ax.axhline(mean(r["entropy"] for r in rows if r["stage"] == "base"), color="black", lw=1.2,
+               ls=":", label="base")
     ax.set(title="Entropy on own samples", xlabel="SFT updates (log scale)", ylabel="nats a token",
            xscale="log", ylim=(0, None))
-    ax.set_xticks([2, 10, 50, 200, 1000, 2000], [2, 10, 50, 200, 1000, 2000])
+    ax.set_xticks([5, 10, 50, 200, 1000, 2000], [5, 10, 50, 200, 1000, 2000])
     ax.legend(frameon=False)
     keep(plt, fig, path)
 
@@ -882,8 +918,10 @@ def report(run):
     """Tables, summary.json and figures of a run folder, and of a study the claims, from what the
     run left in metrics.jsonl and cells/."""
     run, rows, rl_from = Path(run), read_rows(run), read_config(run)["rl_from"]
-    if not any(r["stage"] == "sft" for r in rows):
+    used = {r["seed"] for r in rows if r["stage"] == "sft"}
+    if not used:
         raise BadInput(f"{run}: no fine-tuned checkpoint yet; finish it with --resume")
+    rows = [r for r in rows if r["seed"] in used]    # without the bases that could not add
     lines = summary(rows)
     print("\n" + table(lines))
     atomic_write(run / "summary.json", json.dumps(dict(lines), indent=1).encode())

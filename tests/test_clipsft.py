@@ -729,6 +729,17 @@ def test_seeds_whose_base_cannot_add_are_left_out(finished, capsys):
     assert clipsft.able(Config(out_dir=str(finished), min_base=0.0)) == [0]
 
 
+def test_a_base_that_was_left_out_is_not_reported(finished, tmp_path):
+    out = tmp_path / "a"
+    shutil.copytree(finished, out)
+    before = files(out)[1]
+    other = json.loads(files(out)[0].splitlines()[0]) | dict(seed=9, id=1.0)
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(other) + "\n")
+    ev.report(out)
+    assert other["stage"] == "base" and files(out)[1] == before
+
+
 def test_rl_from_a_checkpoint(finished, tmp_path, capsys):
     init = str(finished / "ckpt" / "s0-sft-8.pt")
     line = ["--rl_steps", "1", "--rl_prompts", "2", "--eval_n", "16", "--out",

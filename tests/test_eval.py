@@ -247,14 +247,15 @@ def test_respond_reads_ragged_prompts_and_drops_eos(tiny):
 # ---- reports
 def row(**kw):
     return dict(dict(seed=0, method="sft", stage="sft", init_step=0, step=1, id=0.5, ood=0.5,
-                     ood_a=0.5, ood_b=0.5, random=0.5, prior=1.0, entropy=0.1, clip_frac=0.0), **kw)
+                     ood_a=0.5, ood_b=0.5, answer_ood=0.5, answer_ood_b=0.5, random=0.5, prior=1.0,
+                     entropy=0.1, clip_frac=0.0), **kw)
 
 
 def test_the_peak_is_picked_on_one_half_and_reported_on_the_other():
-    rows = [row(step=2, ood_a=0.9, ood_b=0.6, ood=0.75),
+    rows = [row(step=2, ood_a=0.9, ood_b=0.6, ood=0.75, answer_ood_b=0.7),
             row(step=4, ood_a=0.8, ood_b=0.9, ood=0.85)]
     best = ev.peak(rows)
-    assert best["step"] == 2 and best["ood"] == 0.6
+    assert best["step"] == 2 and best["ood"] == 0.6 and best["answer_ood"] == 0.7
 
 
 def test_summary_averages_over_seeds():
@@ -301,17 +302,23 @@ def study(n=3):
     for s in range(n):
         j = 0.01 * s       # seeds differ, pairs do not
         for m, lift in (("sft", 0.0), ("clip", 0.1), ("dft", 0.1 + 0.2 * (s - 1))):
-            for step, i, o in ((4, 0.5, 0.4), (8, 0.85, 0.8), (60, 0.9, 0.7), (100, 0.95, 0.5),
-                               (200, 0.8, 0.3)):
+            for step, i, o, right, drift in (
+                    (4, 0.5, 0.4, 0.9, 0.1), (8, 0.85, 0.8, 0.8, 0.2), (60, 0.9, 0.7, 0.75, 0.3),
+                    (100, 0.95, 0.5, 0.7, 0.4), (200, 0.8, 0.3, 0.6, 0.5)):
+                if m == "clip":
+                    drift = {4: 0.05, 200: 0.6}.get(step, drift)
                 o = o + lift * (step > 4) + j
                 rows.append(row(seed=s, method=m, step=step, id=i, ood=o, ood_a=o, ood_b=o,
-                                answer_ood_b=0.9, prior=1 - step / 400 + lift,
+                                answer_ood=right, answer_ood_b=0.9, kl_base=drift,
+                                prior=1 - step / 400 + lift,
                                 logp_bins=[-3.0 - lift] + [-1.0] * 9))
             for start in (4, 8, 60, 100, 200) if m != "dft" else ():
                 rows.append(row(seed=s, method=m, stage="rl", init_step=start, step=20, id=1.0,
-                                ood=0.6 + lift + j, ood_a=0.6 + lift + j, ood_b=0.6 + lift + j))
+                                answer_ood=0.8, ood=0.6 + lift + j, ood_a=0.6 + lift + j,
+                                ood_b=0.6 + lift + j))
         rows.append(row(seed=s, method="base", stage="rl", init_step=0, step=20, id=0.9,
                         ood=0.9 + j, ood_a=0.9 + j, ood_b=0.9 + j))
+        rows.append(row(seed=s, method="base", stage="base", step=0, answer_ood=0.95))
         g = [dict(tokens=10, full=10.0, logit=1.0), dict(tokens=90, full=1.0, logit=0.1)]
         measured[s] = dict(gradients=g, spectrum=[0.02, 3.0], spectrum_null=[0.08, 4.0],
                            spectrum_same=[0.08, 3.0 + j], angles=[1.0, 0.0, 2.0, 3.0, 4.0],
@@ -342,6 +349,10 @@ def test_claims_on_a_study_whose_effects_are_known():
     assert effect("C8b") == (near(0.1), "holds")                      # .85 at the peak, .95 at 100
     assert c["C8b"]["control_effect"] == near(0.3)                    # OOD .8 to .5 meanwhile
     assert effect("C8c") == (near(-0.05), "opposite")                 # .80 at the end
+    assert effect("C8e") == (near(-0.05), "opposite")                 # best .9 of the base's .95
+    assert c["C8e"]["control_effect"] == near(-0.15)                  # .8 at the strict peak
+    assert effect("C9 any") == (near((0.1 + 0.2) / 2), "holds")       # .8 after .7, after .6
+    assert c["C9 any"]["control_effect"] == near((-0.1 + 0) / 2)
     assert effect("C9 200") == (near(0.3), "holds")                   # .6 after .3
     assert c["C9 200"]["control_effect"] == near(0.3 / 0.5)           # of .5 lost since the peak
     assert effect("C10") == (near(0.2), "holds")                      # .8 against .6
@@ -351,6 +362,10 @@ def test_claims_on_a_study_whose_effects_are_known():
     # starts 60, 100, 200: gained -.1 .1 .3, ranks 1 2 3; ID .9 .95 .8, ranks 2 3 1: rho -1/2
     assert effect("C11c") == (near(0.5), "holds") and c["C11c"]["control_effect"] == 0
     assert effect("C12a") == (near(0.1), "holds") and effect("C12c ID 0.9") == (near(0.1), "holds")
+    # clip's .7 against .75, half-way from the base's .9 to .6, then three times .6; the last start
+    # has drifted further than any of SFT's
+    assert effect("C12d") == (near((-0.05 + 3 * 0.1) / 4), "holds")
+    assert c["C12d"]["control_effect"] == near((1 - 0.95) / 4)
     assert effect("C13a") == (near(0.06), "holds")
     assert effect("C13b") == (near(-0.01), "undecided")
     assert effect("C13c") == (near(1.0), "holds") and c["C13c"]["control_effect"] == near(1.0)
