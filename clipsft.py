@@ -48,7 +48,7 @@ def clip_loss(logp, old_logp, eps_low, eps_high):
     """Clipped SFT: PPO's surrogate with advantage 1. The weight on grad log pi is r up to
     1+eps_high and 0 beyond: a token rests once its probability has grown by that factor since the
     old policy. An improbable token gets there first; one with p_old > 1/(1+eps_high) never does."""
-    # J = min(r_t, clip(r_t, 1 - e, 1 + e)), A_t = 1       PSFT 2508.17784 eq. 6; paper 1 eq. 8-9
+    # L = - min(r_t, clip(r_t, 1 - e, 1 + e)), A_t = 1     PSFT 2508.17784 eq. 6; paper 1 eq. 8-9
     return -clipped_surrogate(logp, old_logp, 1.0, eps_low, eps_high)
 
 

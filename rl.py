@@ -34,11 +34,12 @@ def clipped_surrogate(logp, old_logp, adv, eps_low, eps_high):
 def group_advantage(rewards, scale="std"):
     """rewards (P, G) float -> advantages (P, G). A group without spread teaches nothing: exactly 0.
 
-    scale 'std': GRPO (2402.03300 sec. 4.1.2), the unbiased standard deviation as in TRL and verl.
-    scale 'none': Dr. GRPO (2503.20783), the mean alone is taken off."""
-    # A_i = (R_i - mean(R)) / std(R)
+    scale 'std': GRPO, the unbiased standard deviation as in TRL and verl.
+    scale 'none': Dr. GRPO, the mean alone is taken off."""
+    # A_i = R_i - mean(R)                                                      Dr. GRPO 2503.20783
     adv = rewards - rewards.mean(1, keepdim=True)
     if scale == "std" and rewards.shape[1] > 1:
+        # A_i = (R_i - mean(R)) / std(R)                                GRPO 2402.03300 sec. 4.1.2
         adv = adv / rewards.std(1, keepdim=True).clamp(min=1e-6)
     return adv * (rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True))
 
@@ -59,7 +60,8 @@ def masked_mean(x, mask, how="token", budget=1):
 
 def kl_k3(logp, ref_logp):
     """Schulman's k3 estimate of KL(pi || ref) at tokens sampled from pi, (B, T) -> (B, T) nats:
-    unbiased and never negative. (Differentiated, it is the gradient of KL(ref || pi).)"""
+    unbiased (while |log ref/pi| < 20) and never negative. (Differentiated, it is the gradient of
+    KL(ref || pi).)"""
     # k3 = ref/pi - 1 - log(ref/pi)                                          GRPO, 2402.03300 eq. 4
     log_ratio = (ref_logp - logp).clamp(-20, 20)
     return torch.expm1(log_ratio) - log_ratio
