@@ -1,22 +1,21 @@
-"""data.py - the cards task, its tokenizer, its verifier, its batches.  Run it to look at problems.
+"""data.py - the cards task: tokenizer, problems, answers, verifier, batches. Run it to see some.
 
 A hand of four cards is added up. The prompt states the rule, that is what J, Q and K are worth:
 
     S 11 12 13 : 7 K 3 J >   13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 34 <eos>
 
-Supervised fine-tuning (SFT) and reinforcement learning (RL) only ever see the in-distribution rule
-J=Q=K=10; the out-of-distribution (OOD) rule is 11, 12, 13. GeneralPoints of arXiv 2509.12235 in
+Supervised fine-tuning (SFT) and reinforcement learning (RL) only ever see the in-distribution (ID)
+rule J=Q=K=10; out of distribution (OOD) they are 11, 12, 13: GeneralPoints of arXiv 2509.12235 in
 miniature. Four other operations on the same hands stand for prior abilities that SFT never trains.
 """
 import random
 import re
 import zlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import tiktoken
 import torch
 
-# ---------------------------------------------------------------------------------------- tokenizer
 # Every word is one token, so every number 0..99 is: arithmetic on single tokens is learnt sooner
 # than on digits. Specials have ids of their own: pad is never eos.
 FACES = ("J", "Q", "K")
@@ -28,6 +27,7 @@ WORDS = (*map(str, range(100)), *FACES, *OPS, *":>+=,#", *CONNECTIVES)
 SPECIALS = {" <eos>": len(WORDS), " <pad>": len(WORDS) + 1}
 EOS, PAD = SPECIALS.values()
 N_VOCAB = len(WORDS) + len(SPECIALS)
+MAX_NEW = 28    # tokens of the longest answer (a demonstration has up to 23); a prompt has 10
 
 # A tiktoken encoding built in memory needs no download. A token is a space and a word.
 _enc = tiktoken.Encoding("cards", pat_str=r" [^ ]+", special_tokens=SPECIALS,
@@ -35,39 +35,23 @@ _enc = tiktoken.Encoding("cards", pat_str=r" [^ ]+", special_tokens=SPECIALS,
                          explicit_n_vocab=N_VOCAB)
 _known = frozenset(WORDS)
 
-
 def encode(text):
-    """Text -> list of token ids. ValueError names a word outside the vocabulary (tiktoken itself
-    would panic there, and drop white space silently)."""
+    """Text -> token ids. ValueError names a word outside the vocabulary: tiktoken would panic."""
     words = text.split()
-    if not _known.issuperset(words):
-        bad = next(w for w in words if w not in _known)
-        raise ValueError(f"not in the vocabulary: {bad!r} (see data.WORDS)")
+    if bad := set(words) - _known:
+        raise ValueError(f"not in the vocabulary: {min(bad)!r} (see data.WORDS)")
     return _enc.encode_ordinary("".join(" " + w for w in words))
-
 
 def decode(ids):
     """Token ids -> text, words separated by one space; specials are shown as <eos>, <pad>."""
     return _enc.decode(ids)[1:]
 
-
-# ----------------------------------------------------------------------------------------- problems
 ID_RULE, OOD_RULE = (10, 10, 10), (11, 12, 13)
 
-
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     op: str        # one of OPS
-    rule: tuple    # worth of J, Q, K
+    rule: tuple    # worth of J, Q, K: whole numbers up to 24, so that four cards stay below 100
     hand: tuple    # four cards of the deck
-
-    def __post_init__(self):
-        if self.op not in OPS:
-            raise ValueError(f"op {self.op!r} is not one of {', '.join(OPS)}")
-        if len(self.rule) != 3 or not all(isinstance(v, int) and 1 <= v <= 24 for v in self.rule):
-            raise ValueError(f"rule {self.rule}: three whole numbers 1..24 (four cards stay < 100)")
-        if len(self.hand) != 4 or any(c not in DECK for c in self.hand):
-            raise ValueError(f"hand {self.hand}: four cards of {' '.join(DECK)}")
 
     @property
     def values(self):
@@ -78,11 +62,9 @@ class Problem:
     def prompt(self):
         return f"{self.op} {' '.join(map(str, self.rule))} : {' '.join(self.hand)} >"
 
-
 def fingerprint(words):
     """A number that does not depend on their order."""
     return zlib.crc32(" ".join(sorted(words)).encode())
-
 
 def split_of(hand):
     """'eval', 'rl' or 'train', decided by what the cards are worth under the ID rule, in any order:
@@ -91,21 +73,16 @@ def split_of(hand):
     h = fingerprint("10" if c in FACES else c for c in hand) % 10
     return "eval" if h < 3 else "rl" if h < 5 else "train"
 
-
 def draw(rng, split, op="S", rule=None):
     """A random problem of a split with at least one face card; rule None: worths from 10..19."""
     while True:
         hand = tuple(rng.choices(DECK, k=4))
         if not set(hand).isdisjoint(FACES) and split_of(hand) == split:
-            rule = rule or tuple(rng.choices(range(10, 20), k=3))
-            return Problem(op, rule, hand)
+            return Problem(op, rule or tuple(rng.choices(range(10, 20), k=3)), hand)
 
-
-# ---------------------------------------------------------------------------------- response styles
 def terse(values):
     """The base model's own habit: running totals, left to right. [7, 10, 3] -> '7 17 20'"""
     return " ".join(str(sum(values[:i + 1])) for i in range(len(values)))
-
 
 def chain(values, rng=None, p_word=0.0):
     """Additions in the given order, then the total. [7, 10, 3] -> '7 + 10 = 17 , 17 + 3 = 20 # 20'
@@ -117,27 +94,16 @@ def chain(values, rng=None, p_word=0.0):
         total += v
     return " , ".join(steps) + f" # {total}"
 
-
 def expert(problem, rng, p_word=0.3):
     """A demonstration for SFT: a chain, largest card first. The order and the connectives are what
     the base model finds improbable; the arithmetic it knows."""
     return chain(sorted(problem.values, reverse=True), rng, p_word)
 
-
-def demonstrations(n, seed, split="train", p_word=0.3):
-    """The expert's data, n problems of a split under the ID rule. -> ids (n, T), mask (n, T)."""
-    rng = random.Random(f"{seed}/demonstrations")
-    problems = [draw(rng, split, rule=ID_RULE) for _ in range(n)]
-    return batch([(p.prompt, expert(p, rng, p_word)) for p in problems])
-
-
 def truth(problem):
     """The one right response to a prior-ability prompt; for S the total."""
     v = problem.values
-    return {"S": lambda: str(sum(v)), "M": lambda: str(max(v)),
-            "R": lambda: " ".join(reversed(problem.hand)), "D": lambda: " ".join(map(str, v)),
-            "C": lambda: " ".join(map(str, sorted(v)))}[problem.op]()
-
+    answers = {"S": [sum(v)], "M": [max(v)], "R": problem.hand[::-1], "D": v, "C": sorted(v)}
+    return " ".join(map(str, answers[problem.op]))
 
 def base_document(rng):
     """(problem, response) of the pre-training mixture: 6/10 sums, 1/10 for each prior ability. The
@@ -153,43 +119,35 @@ def base_document(rng):
         values = rng.sample(values, 4) if style < 0.95 else sorted(values, reverse=True)
     return problem, chain(values, rng, 0.03)
 
-
-# ----------------------------------------------------------------------------------------- verifier
-_STEP = r"(?:(?:%s) )?(\d+) \+ (\d+) = (\d+)" % "|".join(CONNECTIVES)
+_STEP = rf"(?:(?:{'|'.join(CONNECTIVES)}) )?(\d+) \+ (\d+) = (\d+)"
 _CHAIN = re.compile(rf"{_STEP} , {_STEP} , {_STEP} # (\d+)")
 
-
-@dataclass(frozen=True)
-class Verdict:
-    format_ok: bool    # three steps and a total, whatever the numbers
-    strict: bool       # format, every card once in any order, every sum and the total right
-    answer: bool       # the last number is right, in whatever style: arithmetic, not format
-
+class Verdict(NamedTuple):
+    format: bool    # three steps and a total, whatever the numbers
+    strict: bool    # format, every card once in any order, every sum and the total right
+    any: bool       # the last number is right, in any format: arithmetic, not style
 
 def verify(problem, response):
-    """Three verdicts on a response text (without <eos>). Numbers are matched and parsed, never
-    evaluated. Prior abilities have one right response: all three verdicts are equality with it."""
+    """Verdict on a response text (without <eos>). Numbers are parsed, never evaluated. Prior
+    abilities have one right response: all three verdicts are equality with it."""
     if problem.op != "S":
-        same = response == truth(problem)
-        return Verdict(same, same, same)
+        return Verdict(*[response == truth(problem)] * 3)
     values, words = problem.values, response.split()
-    answer = bool(words) and words[-1] == str(sum(values))
+    right = bool(words) and words[-1] == str(sum(values))
     match = _CHAIN.fullmatch(response)
     if not match:
-        return Verdict(False, False, answer)
+        return Verdict(False, False, right)
     a, b, ab, t1, c, abc, t2, d, abcd, total = map(int, match.groups())
     strict = (sorted((a, b, c, d)) == sorted(values) and a + b == ab == t1
               and t1 + c == abc == t2 and t2 + d == abcd == total)
-    return Verdict(True, strict, answer)
+    return Verdict(True, strict, right)
 
-
-# ------------------------------------------------------------------------------------------ batches
 def batch(pairs):
     """[(prompt, response), ...] texts -> ids (B, T) long, mask (B, T) bool, right-padded.
 
     The mask convention, once for the project: mask[:, t] is True iff token t is a response token or
     its EOS; prompt and padding are False. Position t predicts token t+1, so a loss takes
-    logits[:, :-1], ids[:, 1:] and mask[:, 1:]."""
+    logits[:, :-1], ids[:, 1:] and mask[:, 1:]; the first response token is trained."""
     prompts = [encode(p) for p, _ in pairs]
     rows = [p + encode(r) + [EOS] for p, (_, r) in zip(prompts, pairs)]
     T = max(map(len, rows))
@@ -198,6 +156,11 @@ def batch(pairs):
     t = torch.arange(T)
     return ids, (start <= t) & (t < end)
 
+def demonstrations(n, seed, split="train", p_word=0.3):
+    """The expert's data, n problems of a split under the ID rule. -> ids (n, T), mask (n, T)."""
+    rng = random.Random(f"{seed}/demonstrations")
+    problems = [draw(rng, split, rule=ID_RULE) for _ in range(n)]
+    return batch([(p.prompt, expert(p, rng, p_word)) for p in problems])
 
 def main():
     """Problems of every kind, each with its tokens over their mask: 1 is trained, 0 is not."""
@@ -209,13 +172,10 @@ def main():
     for title, op, rule, answer in shown:
         problem = draw(rng, "train", op, rule)
         ids, mask = batch([(problem.prompt, answer(problem))])
-        words = [decode([i]) for i in ids[0].tolist()]
         print(f"\n{title}: {verify(problem, answer(problem))}")
-        for label, cells in (("text", words), ("id", ids[0].tolist()),
+        for label, cells in (("text", map(decode, ids.T.tolist())), ("id", ids[0].tolist()),
                              ("mask", mask[0].long().tolist())):
-            print(f"{label:>5} " + " ".join(
-                f"{c!s:>{max(len(w), 3)}}" for c, w in zip(cells, words)))
-
+            print(f"{label:>5}" + "".join(f"{c!s:>6}" for c in cells))
 
 if __name__ == "__main__":
     main()
