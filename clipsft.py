@@ -1,16 +1,13 @@
 """clipsft.py - pre-train a small GPT, fine-tune it with and without clipping, then run GRPO.
-
     python clipsft.py                                 the main job: one table, one figure
     python clipsft.py --methods sft clip clip:eps_high=0.1 --seeds 5 --out_dir runs/eps
 
 Above the ruled line: the losses of papers 1 (Liu et al., ICML 2026) and 3 (PSFT, 2508.17784), and
-the one loop that trains by any of them; below: cells, processes, command line. A method is a loss
-in METHODS; data order and updates are the same for all, unless it carries settings of its own, as
-in clip:eps_high=0.4,old_every=24 or sft:lr=1e-4. The same command goes on after a stop.
+the one loop that trains by any of them; below: cells, processes, command line. A method may carry
+settings of its own: clip:eps_high=0.4,old_every=24. The same command goes on after a stop.
 """
 import copy
 import functools
-import hashlib
 import inspect
 import json
 import math
@@ -21,8 +18,8 @@ import signal
 import sys
 import threading
 import traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import zlib
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,7 +30,7 @@ import data
 import eval as ev
 import model as gpt
 from model import (GPT, BadInput, GPTConfig, adamw, arg, atomic, generator, kl_exact,
-                   load_checkpoint, parse, pick_device, response_logits, response_logprobs,
+                   load_checkpoint, muon, parse, response_logits, response_logprobs,
                    save_checkpoint, trim, update)
 from rl import RLConfig, clipped_surrogate, grpo, masked_mean, micro_batches
 
@@ -51,7 +48,7 @@ def clip_loss(logp, old_logp, eps_low, eps_high):
 
 def dft_loss(logp):
     """Dynamic fine-tuning (2508.05629): the weight is pi itself, held constant, so the gradient is
-    that of - pi(y_t): the opposite remedy, which never learns what it finds improbable."""
+    that of - pi(y_t): the opposite remedy, which hardly learns what it finds improbable."""
     # L_DFT = - sg(pi(y_t)) log pi(y_t)
     return -logp.detach().exp() * logp
 
@@ -64,8 +61,7 @@ def kl_to_base(b):
 
 @dataclass
 class Batch:
-    """What a loss may read. Log-probs (B, T-1) are computed when first asked for; what a loss says
-    outside mask[:, 1:] does not count. Only those of the model carry a gradient."""
+    """What a loss may read. Log-probs (B, T-1) are computed when first asked for."""
     ids: torch.Tensor     # (B, T)
     mask: torch.Tensor    # (B, T), as in data.batch
     model: GPT
@@ -75,9 +71,8 @@ class Batch:
     old_logp = functools.cached_property(lambda b: response_logprobs(b.old, b.ids, b.mask))
     base_logp = functools.cached_property(lambda b: response_logprobs(b.base, b.ids, b.mask))
 
-# A method maps b, the batch, and c, the Config, to a loss per token (B, T-1). Clip without bound is
-# clip:eps_high=inf, with the base as old policy for ever clip:old_every=300; SFT without tokens
-# that the base finds improbable, or without as many random ones, sft:skip=low, sft:skip=random.
+# A method maps b, the batch, and c, the Config, to a loss per token (B, T-1); what it says outside
+# mask[:, 1:] does not count. (clip:eps_high=inf: no bound; clip:old_every=300: the base as old.)
 METHODS = {
     "sft": lambda b, c: sft_loss(b.logp),
     "clip": lambda b, c: clip_loss(b.logp, b.old_logp, 0.2, c.eps_high),
@@ -85,18 +80,20 @@ METHODS = {
     "kl": lambda b, c: sft_loss(b.logp) + 0.5 * kl_to_base(b),    # SFT-KL of 2508.17784, its weight
 }
 
-def finetune(model, base, ids, mask, method, c, seed, opt, schedule=lambda step: 1.0):
+def finetune(model, base, ids, mask, method, c, seed, opts, schedule=lambda step: 1.0):
     """Train `model` in place on ids, mask (N, T): yields (step, statistics) after each of c.steps
-    updates. One loop for every method, and for pre-training; schedule(step) scales c.lr."""
-    per_epoch = max(1, len(ids) // c.batch_size)
+    updates. One loop for every method, and for pre-training; schedule(step) scales the rates."""
+    per_pass, per_epoch, epoch = c.old_every // c.passes or 1, len(ids) // c.batch_size or 1, None
     for step in range(c.steps):
-        # Every K updates the policy as it stands becomes the old policy. Where K is several epochs
-        # (as in paper 1) a token is trained more than once against the same old policy.
-        if step % c.old_every == 0:
+        refresh, i = divmod(step, c.old_every)
+        if i == 0:    # every K updates the policy as it stands becomes the old policy
             old = copy.deepcopy(model).requires_grad_(False)
-        if step % per_epoch == 0:
-            order = torch.randperm(len(ids), generator=generator("cpu", seed, step // per_epoch))
-        batch = order[step % per_epoch * c.batch_size:][:c.batch_size].to(ids.device)
+        # The demonstrations of one refresh are passed c.passes times (paper 1: 3, paper 3: 1).
+        n = refresh * per_pass + i % per_pass                                # number of the batch
+        if epoch != n // per_epoch:
+            epoch = n // per_epoch
+            order = torch.randperm(len(ids), generator=generator("cpu", seed, epoch))
+        batch = order[n % per_epoch * c.batch_size:][:c.batch_size].to(ids.device)
         loss, clipped = 0.0, 0
         for rows, share in micro_batches(mask[batch], c.aggregate, c.grad_accum):
             b = Batch(*trim(ids[batch[rows]], mask[batch[rows]]), model, old, base)
@@ -106,8 +103,8 @@ def finetune(model, base, ids, mask, method, c, seed, opt, schedule=lambda step:
             loss += part.item()
             if "old_logp" in vars(b):    # the loss has asked for it
                 clipped += (m & (b.logp - b.old_logp > math.log(1 + c.eps_high))).sum().item()
-        update(model, opt, c.lr * schedule(step))
-        yield step + 1, dict(loss=loss, clip_frac=clipped / mask[batch, 1:].sum().item())
+        update(model, opts, schedule(step))
+        yield step + 1, dict(loss=loss, clip_frac=clipped / (mask[batch].sum().item() or 1))
 
 def pretrain(c, seed):
     """The base: the same loop with method sft on base_document, warmed up for 100 updates, then
@@ -117,18 +114,17 @@ def pretrain(c, seed):
     ids, mask = (t.to(c.device) for t in data.batch([(p.prompt, r) for p, r in docs]))
     torch.manual_seed(seed)
     model = GPT(GPTConfig(data.N_VOCAB, 40, c.n_layer, c.n_head, c.n_embd, c.dtype == "bf16"))
-    c = replace(c, steps=c.base_steps, lr=c.base_lr, batch_size=c.base_batch, aggregate="token",
-                old_every=c.base_steps, grad_accum=2 * c.grad_accum)    # short rows together
-    opt = adamw(model.to(c.device), c.lr, betas=(0.9, 0.98), weight_decay=0.1)
-    steps = finetune(model, None, ids, mask, "sft", c, seed, opt,
+    c = replace(c, steps=c.base_steps, batch_size=c.base_batch, aggregate="token", passes=1,
+                old_every=c.base_steps, grad_accum=c.grad_accum * (2 if c.device == "cpu" else 1))
+    opts = muon(model.to(c.device), c.base_lr, c.base_adam_lr)
+    steps = finetune(model, None, ids, mask, "sft", c, seed, opts,
                      lambda step: min(1, (step + 1) / 100) * (1 - step / c.steps))
     for _ in progress(steps, c.steps, f"base {seed}"):
         pass
     return model
 
 def skipped(base, ids, mask, c, seed):
-    """Paper 1's ablation: the mask (N, T) without the tokens to which the base gives p < .1 (c.skip
-    low), or without as many random ones (random)."""
+    """Paper 1's ablation: mask without tokens of base p < .1 (low), or without as many random."""
     m = mask[:, 1:]
     low = m & (response_logprobs(base, ids, mask) < math.log(0.1))           # (N, T-1)
     noise = torch.rand(m.shape, generator=generator("cpu", seed, "noise")).to(m.device)
@@ -143,27 +139,27 @@ class SFTConfig:
     steps: int = arg(300, "SFT updates", gt=0)
     lr: float = arg(3e-4, "SFT learning rate", gt=0)
     batch_size: int = arg(16, "demonstrations an update", gt=0)
-    demos: int = arg(64, "demonstrations in all", gt=0)
+    demos: int = arg(2048, "demonstrations in all", gt=0)
     p_word: float = arg(0.3, "chance of an unpredictable connective before a step", ge=0, lt=1)
-    eps_high: float = arg(0.2, "clip: a token rests beyond r = 1 + eps_high", gt=0)
-    old_every: int = arg(12, "K, updates per refresh of the old policy", gt=0)
-    skip: str = arg("none", "response tokens never trained: those of base p < .1 (low), as many "
-                    "random ones (random)", choices=("none", "low", "random"))
+    eps_high: float = arg(0.28, "clip: a token rests beyond r = 1 + eps_high", gt=0)
+    old_every: int = arg(8, "K, updates per refresh of the old policy", gt=0)
+    passes: int = arg(1, "passes over the demonstrations of a refresh", gt=0)
+    skip: str = arg("none", "never train base p < .1, or random tokens", ("none", "low", "random"))
 
 @dataclass
 class Config(SFTConfig, RLConfig):
-    preset: str = arg("cpu", "smoke: every stage in seconds; cpu; gpu: 100M parameters",
-                      choices=("cpu", "smoke", "gpu"))
+    preset: str = arg("cpu", "smoke: seconds; gpu: 10M parameters", ("cpu", "smoke", "gpu"))
     methods: list[str] = arg(("sft", "clip"), "methods, NAME or NAME:flag=value,...")
     seeds: int = arg(1, "how many seeds, from --seed on; each has its own base", gt=0)
     rl_methods: list[str] = arg(("sft", "clip"), "those that GRPO starts from; nothing: no RL")
-    rl_from: list[int] = arg((100, 300), "SFT steps that GRPO starts from", gt=0)
+    rl_from: list[int] = arg((8, 64, 300), "SFT steps that GRPO starts from", gt=0)
     n_layer: int = arg(3, "layers", gt=0)
-    n_head: int = arg(2, "attention heads", gt=0)
-    n_embd: int = arg(64, "width", gt=0)
-    dtype: str = arg("fp32", "fp32, or bf16 matrix products", choices=("fp32", "bf16"))
-    base_steps: int = arg(2000, "pre-training updates", gt=0)
-    base_lr: float = arg(4e-3, "pre-training peak learning rate", gt=0)
+    n_head: int = arg(4, "attention heads", gt=0)
+    n_embd: int = arg(96, "width", gt=0)
+    dtype: str = arg("fp32", "fp32, or bf16 matrix products", ("fp32", "bf16"))
+    base_steps: int = arg(1000, "pre-training updates", gt=0)
+    base_lr: float = arg(6e-3, "pre-training: peak learning rate of Muon", gt=0)
+    base_adam_lr: float = arg(4e-3, "and of AdamW", gt=0)
     base_batch: int = arg(64, "documents a pre-training update", gt=0)
     base_docs: int = arg(60000, "different pre-training documents", gt=0)
     workers: int = arg(0, "processes; 0: one a CPU that may be used, on CUDA one", ge=0)
@@ -172,10 +168,10 @@ class Config(SFTConfig, RLConfig):
 PRESETS = {
     "smoke": dict(n_layer=2, n_head=2, n_embd=32, base_steps=20, base_docs=400, steps=8,
                   rl_from=[8], rl_steps=2, rl_prompts=4, eval_n=16),
-    "gpu": dict(n_layer=14, n_head=12, n_embd=768, base_steps=1500, base_lr=6e-4, base_batch=512,
-                base_docs=400000, lr=3e-5, rl_lr=1e-5, dtype="bf16", device="cuda"),
+    "gpu": dict(n_layer=6, n_head=6, n_embd=384, base_steps=800, base_lr=3e-3, base_adam_lr=2e-3,
+                base_batch=256, base_docs=100000, lr=1e-4, rl_lr=3e-5, device="cuda"),
 }
-EVAL_STEPS = (4, 8, 16, 30, 60, 100, 200, 300, 1000)    # dense where OOD peaks; and the last
+EVAL_STEPS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 200, 300, 600)    # and the last
 
 def variant(text, c):
     """'clip:eps_high=0.4,lr=1e-4' -> ('clip', c with these settings)."""
@@ -185,23 +181,25 @@ def variant(text, c):
     flags = [f"--{s}" for s in settings.split(",") if s]
     return method, replace(c, **vars(parse(SFTConfig, flags, None, vars(c))))
 
-def progress(steps, total, name):
-    """A bar on a terminal, of the main process only."""
+def progress(steps, total, name):    # a bar on a terminal, of the main process only
     return tqdm(steps, name, total, leave=False, disable=multiprocessing.parent_process() and True)
 
 def file(c, folder, *parts):
     return Path(c.out_dir) / folder / "-".join(map(str, parts)).replace(":", "_")
 
-# A cell is a function of (c, seed, ...) alone; it leaves checkpoints and returns rows of metrics.
+def load(c, seed, *name):
+    """The checkpoint ("base",) or (method, step) of a run; a missing one is made again."""
+    path = file(c, "ckpt", f"s{seed}", *name[:-1], f"{name[-1]}.pt")
+    if not path.exists():
+        sft_cell(c, seed, name[0]) if name[1:] else base_cell(c, seed)
+    return load_checkpoint(path, c.device)
+
 def base_cell(c, seed):
-    """Pre-train the base, or take it from the cache beside the run folder, where it is named by all
-    that its weights depend on."""
-    keys = ("n_layer", "n_head", "n_embd", "base_steps", "base_lr", "base_batch", "base_docs",
-            "device", "dtype", "grad_accum")
-    key = [seed, *(getattr(c, k) for k in keys),
-           *map(inspect.getsource, (data, gpt, finetune, pretrain))]
-    key = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-    cached = Path(c.out_dir).parent / f"base-{key}.pt"
+    """Pre-train the base, or take it from beside the run folder, named by all it depends on."""
+    of_base = ("n_", "base_", "device", "dtype", "grad_accum")
+    key = [seed, *(v for k, v in vars(c).items() if k.startswith(of_base)), *map(
+        inspect.getsource, (data, gpt, masked_mean, micro_batches, Batch, finetune, pretrain))]
+    cached = Path(c.out_dir).parent / f"base-{zlib.crc32(repr(key).encode())}.pt"
     if not cached.exists():
         save_checkpoint(cached, pretrain(c, seed))
     base = load_checkpoint(cached, c.device)
@@ -213,12 +211,11 @@ def sft_cell(c, seed, text):
     """Fine-tune a copy of the base by one method; keep the checkpoints that RL starts from."""
     starts = c.rl_from if text in c.rl_methods else []
     method, c = variant(text, c)
-    base = load_checkpoint(file(c, "ckpt", f"s{seed}", "base.pt"), c.device).requires_grad_(False)
+    base = load(c, seed, "base").requires_grad_(False)
     ids, mask = (t.to(c.device) for t in data.demonstrations(c.demos, seed, p_word=c.p_word))
     model = copy.deepcopy(base).requires_grad_(True)
-    steps = finetune(model, base, ids, skipped(base, ids, mask, c, seed), method, c, seed,
-                     adamw(model, c.lr))
-    rows, recent = [], []
+    mask, rows, recent = skipped(base, ids, mask, c, seed), [], []
+    steps = finetune(model, base, ids, mask, method, c, seed, adamw(model, c.lr))
     for step, stats in progress(steps, c.steps, f"seed {seed} {text}"):
         recent.append(stats)
         if step in starts:
@@ -231,8 +228,7 @@ def sft_cell(c, seed, text):
 
 def rl_cell(c, seed, *start):
     """GRPO from ("base",) or (method, step)."""
-    base, model = (load_checkpoint(file(c, "ckpt", f"s{seed}", *name) .with_suffix(".pt"), c.device)
-                   for name in (["base"], start))
+    base, model = load(c, seed, "base"), load(c, seed, *start)
     steps = progress(grpo(model, c, seed), c.rl_steps, f"seed {seed} {start}, RL")
     stats = [stats for _, stats in steps][-10:]
     save_checkpoint(file(c, "ckpt", f"s{seed}", *start, "rl.pt"), model)
@@ -240,8 +236,7 @@ def rl_cell(c, seed, *start):
             | ev.evaluate(model, base, c.eval_n) | ev.average(stats)]
 
 def cell(work, c, seed, *args):
-    """The rows of a cell, from its file or computed into it: the only unit of resuming. A worker's
-    error is handed on as text, for it might not survive the way."""
+    """The rows of work(c, seed, ...), from their file or computed into it."""
     path = file(c, "cells", f"s{seed}", *args, f"{work.__name__}.json")
     if not path.exists():
         try:
@@ -249,14 +244,14 @@ def cell(work, c, seed, *args):
         except BadInput as e:
             raise BadInput(f"{e} ({path.stem})")
         except Exception:
-            raise RuntimeError(traceback.format_exc()) from None
+            raise RuntimeError(traceback.format_exc()) from None    # as text it survives the way
         with atomic(path) as tmp:
             tmp.write_text(json.dumps(rows))
     return ev.read_json(path)
 
-def start_worker():
-    """Ctrl-C is the parent's business; without a parent a worker ends at once."""
+def start_worker():    # Ctrl-C is the parent's business; without a parent it ends at once
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())    # its own would be left behind by a killed process
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -270,18 +265,18 @@ def run(pool, work, c, cells):
             tqdm.write(ev.table([(f"seed {r['seed']} {ev.name_of(r)}", r)]).split("\n")[1])
 
 def prepare(argv):
-    """Command line -> config, checked whole, each method tried once on a tiny model; the run folder
-    made, or compared with."""
+    """Command line -> config, checked whole; each method is tried once on a tiny model."""
     c = parse(Config, argv, __doc__, PRESETS.get(parse(Config, argv, __doc__).preset, {}))
-    c.device, c.rl_methods = pick_device(c.device), [m for m in c.rl_methods if m in c.methods]
-    script = getattr(sys.modules["__main__"], "main", None) is main
+    c.rl_methods = [m for m in c.rl_methods if variant(m, c) and m in c.methods]
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("error: torch finds no CUDA device; without --preset gpu it runs on the CPU")
+    script = main.__module__ == "__main__"
     if c.workers > 1 and not script:
         raise BadInput("error: --workers 2 or more only from the command line; use --workers 1")
-    # as many threads as CPUs that this process may use
     c.workers = c.workers or (torch.get_num_threads() if script and c.device == "cpu" else 1)
     if c.n_embd % c.n_head:
         raise BadInput(f"error: --n_embd {c.n_embd} is not a multiple of --n_head {c.n_head}")
-    for text in c.methods:
+    for text in c.methods or [""]:
         method, mine = variant(text, c)
         if text in c.rl_methods and max(c.rl_from, default=0) > mine.steps:
             raise BadInput(f"error: --rl_from {max(c.rl_from)}: {text} ends at step {mine.steps}")
@@ -292,26 +287,20 @@ def prepare(argv):
         if "old_logp" in vars(b) and mine.old_every == 1:
             raise BadInput(f"error: --old_every 1 with {text}: right after a refresh the ratio is "
                            "1, so nothing is ever clipped and it is plain SFT; use 2 or more")
-    out, config = Path(c.out_dir), json.loads(json.dumps(asdict(c)))
-    try:
-        (out / "ckpt").mkdir(parents=True, exist_ok=True)
-        (out / "cells").mkdir(exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"error: --out_dir {out}: {e}")
-    if not (out / "config.json").exists():
-        with atomic(out / "config.json") as tmp:
-            tmp.write_text(json.dumps(config, indent=1))
-    old = ev.read_json(out / "config.json")
+    path, config = Path(c.out_dir) / "config.json", json.loads(json.dumps(asdict(c)))
+    old = ev.read_json(path) if path.exists() else {}
     free = ("preset", "workers", "out_dir", "seed", "seeds", "methods", "rl_methods")
     if differ := [f"--{k} ({old[k]}, now {v})" for k, v in config.items()
                   if k not in free and old.get(k, v) != v]:
-        raise BadInput(f"error: {out} was made with another {', '.join(differ)}; give the same, or "
-                       "another --out_dir")
+        raise BadInput(f"error: {c.out_dir} was made with another {', '.join(differ)}; give the "
+                       "same, or another --out_dir")
+    if config.keys() - old:    # a new folder, or a new flag
+        with atomic(path) as tmp:
+            tmp.write_text(json.dumps(config | old, indent=1))
     return c
 
 def main(argv=None):
-    """Run everything that is not there yet, then report. From a notebook or a script: main([]) or
-    main(["--seeds", "2"]), in one process, for others would not know what was changed there."""
+    """Run what is not there yet, then report. In a notebook: main([]) or main(["--seeds", "2"])."""
     c = prepare(argv)
     torch.set_num_threads(1)    # results must not depend on the number of cores
     pool = ProcessPoolExecutor(c.workers, multiprocessing.get_context("spawn"), start_worker) \
@@ -323,20 +312,18 @@ def main(argv=None):
         run(pool, sft_cell, c, [(s, m) for s in seeds for m in c.methods])
         starts = [("base",), *((m, n) for m in c.rl_methods for n in c.rl_from)]
         run(pool, rl_cell, c, [(s, *start) for s in seeds for start in starts[len(starts) == 1:]])
-    except BaseException as e:
-        for p in multiprocessing.active_children():
-            p.kill()
-        if isinstance(e, KeyboardInterrupt):
-            print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
-        if isinstance(e, BrokenProcessPool):
-            raise BadInput("error: a worker process died (killed, or out of memory: use fewer "
-                           "--workers); the same command goes on from here")
-        raise
+    except BrokenExecutor as e:
+        raise BadInput(f"error: a worker died ({e}); the same command goes on from here")
     finally:
+        for p in multiprocessing.active_children() if pool and sys.exc_info()[0] else ():
+            p.kill()
         if pool:
             pool.shutdown(cancel_futures=True)
     ev.report(c.out_dir)
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,12 +1,15 @@
 """data.py - the cards task: tokenizer, problems, answers, verifier, batches. Run it to see some.
 
-A hand of four cards is added up. The prompt states the rule, that is what J, Q and K are worth:
+A letter says what to do with a hand of four cards, the numbers what J, Q, K are worth. The base
+adds up tersely under S, A, T, by running totals; under E, X, G it explains:
 
-    S 11 12 13 : 7 K 3 J >   13 + 11 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 34 <eos>
+    S 11 12 13 : 7 K 3 J >   7 20 23 34 <eos>
+    E 11 12 13 : 7 K 3 J >   7 + 13 = 20 , 20 + 3 = 23 , 23 + 11 = 34 # 34 <eos>
 
-Supervised fine-tuning (SFT) and reinforcement learning (RL) only ever see the in-distribution (ID)
-rule J=Q=K=10; out of distribution (OOD) they are 11, 12, 13: GeneralPoints of arXiv 2509.12235 in
-miniature. Four other operations on the same hands stand for prior abilities that SFT never trains.
+The expert explains S too, largest card first. Fine-tuning (SFT) and RL see S alone, under the
+in-distribution (ID) rule J=Q=K=10; out of distribution (OOD) they are 11, 12, 13 (GeneralPoints of
+arXiv 2509.12235 in miniature). A cold start: the base never explains S, so RL has nothing to reward
+without SFT. E and M, R, D, C, never trained again, are the prior abilities that may be forgotten.
 """
 import random
 import re
@@ -20,8 +23,7 @@ import torch
 # than on digits. Specials have ids of their own: pad is never eos.
 FACES = ("J", "Q", "K")
 DECK = tuple(map(str, range(2, 11))) + FACES
-OPS = {"S": "sum", "M": "maximum", "R": "reverse", "D": "values", "C": "sorted values"}
-PRIOR_OPS = ("M", "R", "D", "C")
+OPS = "SATEXGMRDC"    # sum: terse S A T, explained E X G; maximum, reverse, values, sorted values
 CONNECTIVES = ("so", "then", "now", "next", "well", "hence", "thus", "and")
 WORDS = (*map(str, range(100)), *FACES, *OPS, *":>+=,#", *CONNECTIVES)
 SPECIALS = {" <eos>": len(WORDS), " <pad>": len(WORDS) + 1}
@@ -49,7 +51,7 @@ def decode(ids):
 ID_RULE, OOD_RULE = (10, 10, 10), (11, 12, 13)
 
 class Problem(NamedTuple):
-    op: str        # one of OPS
+    op: str        # a letter of OPS
     rule: tuple    # worth of J, Q, K: whole numbers up to 24, so that four cards stay below 100
     hand: tuple    # four cards of the deck
 
@@ -67,9 +69,8 @@ def fingerprint(words):
     return zlib.crc32(" ".join(sorted(words)).encode())
 
 def split_of(hand):
-    """'eval', 'rl' or 'train', decided by what the cards are worth under the ID rule, in any order:
-    7 J 3 K and 3 10 7 Q have the same sums, so they are in the same split. No evaluation hand, and
-    none with the same ID values, occurs in pre-training, SFT or RL."""
+    """'eval', 'rl' or 'train', by what the cards are worth under the ID rule, in any order: 7 J 3 K
+    and 3 10 7 Q have the same sums, so no evaluation hand has those of a hand in training."""
     h = fingerprint("10" if c in FACES else c for c in hand) % 10
     return "eval" if h < 3 else "rl" if h < 5 else "train"
 
@@ -81,7 +82,7 @@ def draw(rng, split, op="S", rule=None):
             return Problem(op, rule or tuple(rng.choices(range(10, 20), k=3)), hand)
 
 def terse(values):
-    """The base model's own habit: running totals, left to right. [7, 10, 3] -> '7 17 20'"""
+    """Running totals, left to right. [7, 10, 3] -> '7 17 20'"""
     return " ".join(str(sum(values[:i + 1])) for i in range(len(values)))
 
 def chain(values, rng=None, p_word=0.0):
@@ -95,52 +96,50 @@ def chain(values, rng=None, p_word=0.0):
     return " , ".join(steps) + f" # {total}"
 
 def expert(problem, rng, p_word=0.3):
-    """A demonstration for SFT: a chain, largest card first. The order and the connectives are what
-    the base model finds improbable; the arithmetic it knows."""
+    """A demonstration: a chain, largest card first. That S is explained, the order and the
+    connectives are what the base finds improbable; the arithmetic it knows."""
     return chain(sorted(problem.values, reverse=True), rng, p_word)
 
 def truth(problem):
-    """The one right response to a prior-ability prompt; for S the total."""
+    """The one right response to M, R, D or C."""
     v = problem.values
-    answers = {"S": [sum(v)], "M": [max(v)], "R": problem.hand[::-1], "D": v, "C": sorted(v)}
+    answers = {"M": [max(v)], "R": problem.hand[::-1], "D": v, "C": sorted(v)}
     return " ".join(map(str, answers[problem.op]))
 
 def base_document(rng):
-    """(problem, response) of the pre-training mixture: 6/10 sums, 1/10 for each prior ability. The
-    base has seen the expert's style and merely disprefers it: SFT shifts habits, not arithmetic."""
-    problem = draw(rng, "train", rng.choices("SMRDC", weights=(6, 1, 1, 1, 1))[0])
-    if problem.op != "S":
+    """(problem, response) of the pre-training mixture, a tenth for each letter."""
+    problem = draw(rng, "train", rng.choice(OPS))
+    values = problem.values
+    if problem.op in "MRDC":
         return problem, truth(problem)
-    style, values = rng.random(), problem.values
-    # 55 % terse; chains: 25 % in the order of the hand, 15 % in any, 5 % largest first (the expert)
-    if style < 0.55:
+    if problem.op in "SAT":
         return problem, terse(values)
-    if style >= 0.80:
-        values = rng.sample(values, 4) if style < 0.95 else sorted(values, reverse=True)
+    order = rng.random()    # of a chain: half as in the hand, 40 % any, 10 % largest first
+    if order >= 0.5:
+        values = rng.sample(values, 4) if order < 0.9 else sorted(values, reverse=True)
     return problem, chain(values, rng, 0.03)
 
-_STEP = rf"(?:(?:{'|'.join(CONNECTIVES)}) )?(\d+) \+ (\d+) = (\d+)"
-_CHAIN = re.compile(rf"{_STEP} , {_STEP} , {_STEP} # (\d+)")
+_N = "(0|[1-9][0-9]?)"
+_STEP = rf"(?:(?:{'|'.join(CONNECTIVES)}) )?{_N} \+ {_N} = {_N}"
+_CHAIN = re.compile(rf"{_STEP} , {_STEP} , {_STEP} # {_N}")
 
 class Verdict(NamedTuple):
-    format: bool    # three steps and a total, whatever the numbers
-    strict: bool    # format, every card once in any order, every sum and the total right
+    strict: bool    # three steps, every card once in any order, every sum and the total right
     any: bool       # the last number is right, in any format: arithmetic, not style
 
 def verify(problem, response):
-    """Verdict on a response text (without <eos>). Numbers are parsed, never evaluated. Prior
-    abilities have one right response: all three verdicts are equality with it."""
-    if problem.op != "S":
-        return Verdict(*[response == truth(problem)] * 3)
+    """Verdict on a response text (without <eos>). Numbers are parsed, never evaluated."""
+    if problem.op in "MRDC":
+        return Verdict(*[response == truth(problem)] * 2)
     values, words = problem.values, response.split()
     right = bool(words) and words[-1] == str(sum(values))
     match = _CHAIN.fullmatch(response)
     if not match:
-        return Verdict(False, False, right)
+        return Verdict(False, right)
     a, b, ab, t1, c, abc, t2, d, abcd, total = map(int, match.groups())
     strict = (sorted((a, b, c, d)) == sorted(values) and a + b == ab == t1
               and t1 + c == abc == t2 and t2 + d == abcd == total)
-    return Verdict(True, strict, right)
+    return Verdict(strict, right)
 
 def batch(pairs):
     """[(prompt, response), ...] texts -> ids (B, T) long, mask (B, T) bool, right-padded.
@@ -167,15 +166,15 @@ def main():
     rng = random.Random(0)
     shown = [("expert demonstration, ID rule", "S", ID_RULE, lambda p: expert(p, rng)),
              ("the same style, OOD rule (only evaluated)", "S", OOD_RULE, lambda p: expert(p, rng)),
-             ("the base's own style, random rule", "S", None, lambda p: terse(p.values))]
-    shown += [(f"prior ability: {OPS[op]}", op, None, truth) for op in PRIOR_OPS]
+             ("the base, terse", "S", None, lambda p: terse(p.values)),
+             ("the base, explained", "E", None, lambda p: chain(p.values))]
+    shown += [(f"the base, {op}", op, None, truth) for op in "MRDC"]
     for title, op, rule, answer in shown:
         problem = draw(rng, "train", op, rule)
         ids, mask = batch([(problem.prompt, answer(problem))])
-        print(f"\n{title}: {verify(problem, answer(problem))}")
-        for label, cells in (("text", map(decode, ids.T.tolist())), ("id", ids[0].tolist()),
-                             ("mask", mask[0].long().tolist())):
-            print(f"{label:>5}" + "".join(f"{c!s:>6}" for c in cells))
+        print(f"\n{title}")
+        for row in map(decode, ids.T.tolist()), ids[0].tolist(), mask[0].long().tolist():
+            print("".join(f"{cell!s:>6}" for cell in row))
 
 if __name__ == "__main__":
     main()

@@ -1,22 +1,19 @@
 """eval.py - what is measured: accuracies, entropy, spectra, drift, differences between methods.
 
-    python eval.py runs/main              report a run folder once more
-    python eval.py runs/main --show 4     read what its checkpoints answer
-
-Above the ruled line: the measurements; below: tables and figure.
+    python eval.py runs/main        reports a run folder once more
 """
-import argparse
 import functools
 import json
 import math
 import random
+import statistics
+import sys
 from pathlib import Path
 
 import torch
 
 import data
-from model import (BadInput, atomic, generator, kl_exact, load_checkpoint, response_logits,
-                   token_logprobs)
+from model import BadInput, atomic, generator, kl_exact, response_logits, token_logprobs
 
 @torch.no_grad()
 def respond(model, problems, n=1, temperature=0.0, noise=None):
@@ -31,37 +28,32 @@ def respond(model, problems, n=1, temperature=0.0, noise=None):
 
 @functools.cache
 def eval_sets(n):
-    """The fixed held-out problems: n each for 'id' and 'ood', the same hands under the two rules,
-    and n/4 each for 'random' (rules) and 'prior' (n/16 of each ability)."""
+    """The fixed held-out problems, n of each: 'id' and 'ood', the same hands under the two rules;
+    'explained', the same as ood, asked by E; 'prior', M, R, D and C under random rules."""
     rng = random.Random("eval")
-    sets = {"id": [data.draw(rng, "eval", rule=data.ID_RULE) for _ in range(n)]}
-    sets["ood"] = [p._replace(rule=data.OOD_RULE) for p in sets["id"]]
-    sets["random"] = [data.draw(rng, "eval") for _ in range(n // 4)]
-    sets["prior"] = [data.draw(rng, "eval", data.PRIOR_OPS[i % 4]) for i in range(n // 4)]
-    return sets
+    problems = [data.draw(rng, "eval", rule=data.ID_RULE) for _ in range(n)]
+    ood = [p._replace(rule=data.OOD_RULE) for p in problems]
+    return dict(id=problems, ood=ood, explained=[p._replace(op="E") for p in ood],
+                prior=[data.draw(rng, "eval", "MRDC"[i % 4]) for i in range(n)])
 
 @torch.no_grad()
 def evaluate(model, base, n):
     """Everything that one metrics row says of a model, as a dict of floats; n as in eval_sets.
-
-    Greedy accuracies in [0, 1]: strict (id, ood, random, prior), of the last number in any format
-    (id_any, ...), of the format alone (id_format, ...), on two halves of the OOD set that share no
-    hand (ood_a, ood_b). In nats a token: entropy on the model's own samples at temperature 1; on
-    held-out demonstrations nll, kl_base = KL(base || pi) (the forward KL of 2509.04259), and log pi
-    where the base gives p < .1 (logp_low) or p > .9 (logp_high)."""
+    Greedy accuracies in [0, 1]: strict (id, ood, explained, prior), of the last number in any
+    format (id_any, ...), on halves of the OOD set that share no hand (ood_a, ood_b). In nats a
+    token: entropy on own samples at temperature 1; on held-out demonstrations nll, kl_base =
+    KL(base || pi) (the forward KL of 2509.04259), and log pi where the base gives p < .1
+    (logp_low) or p > .9 (logp_high)."""
     dev, sets = next(model.parameters()).device, eval_sets(n)
     texts, ids, mask = respond(model, [p for s in sets.values() for p in s])
-    row = dict(truncated=1 - ((ids == data.EOS) & mask).any(1).float().mean().item())
-    texts = iter(texts)
+    row, texts = dict(truncated=1 - (ids == data.EOS).any(1).float().mean().item()), iter(texts)
     for name, problems in sets.items():
         verdicts = [data.verify(p, next(texts)) for p in problems]
         row[name] = mean(v.strict for v in verdicts)
         row[f"{name}_any"] = mean(v.any for v in verdicts)
-        row[f"{name}_format"] = mean(v.format for v in verdicts)
-        if name == "ood":
-            for half in (0, 1):
-                row[f"ood_{'ab'[half]}"] = mean(v.strict for v, p in zip(verdicts, problems)
-                                                if data.fingerprint(p.hand) % 2 == half)
+        for half in (0, 1) if name == "ood" else ():
+            row[f"ood_{'ab'[half]}"] = mean(v.strict for v, p in zip(verdicts, problems)
+                                            if data.fingerprint(p.hand) % 2 == half)
     _, ids, mask = respond(model, sets["id"][:128], 1, 1.0, generator(dev, "entropy"))
     logp = response_logits(model, ids, mask).float().log_softmax(-1)         # (N, V)
     # H = - sum_v pi(v) log pi(v), exact, averaged over sampled tokens
@@ -134,20 +126,18 @@ T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 
 def mean(xs):
     """The mean of any iterable; nan of none."""
-    xs = list(xs)
-    return sum(xs) / len(xs) if xs else math.nan
+    return statistics.fmean(x) if (x := list(xs)) else math.nan
 
 def interval(xs, t=T_95):
     """One value a seed -> (mean, half the width of Student's interval); infinite below two."""
-    n, m = len(xs), mean(xs)
+    n = len(xs)
     if n < 2:
-        return m, math.inf
-    s = math.sqrt(sum((x - m) ** 2 for x in xs) / (n - 1))
-    return m, t[min(n - 2, len(t) - 1)] * s / math.sqrt(n)    # beyond the table a little too wide
+        return mean(xs), math.inf
+    # beyond the table a little too wide
+    return mean(xs), t[min(n - 2, len(t) - 1)] * statistics.stdev(xs) / math.sqrt(n)
 
 def peak(curve):
-    """The row of the OOD peak: picked on one half of the OOD set; its `ood` is then the other
-    half's, for the best of many on the half that picked it would flatter."""
+    """The row of the OOD peak: picked on half a of the OOD set; its `ood` is that of half b."""
     best = max(curve, key=lambda r: r["ood_a"])
     return best | dict(ood=best["ood_b"])
 
@@ -158,17 +148,15 @@ def first_at(curve, level):
 
 # ================================================================= below: what it takes to report
 # Of a row, step counts SFT updates: 0 for the base; where stage is "rl" those before RL.
-COLUMNS = dict(id="ID", ood="OOD", ood_any="OOD any", random="random", prior="prior",
+COLUMNS = dict(id="ID", ood="OOD", ood_any="OOD any", explained="explain", prior="M R D C",
                entropy="entropy", clip_frac="clipped")    # OOD any: in any format
 
 def table(rows):
     """[(label, row), ...] -> text, a line each."""
-    lines = [label.ljust(32) + "".join(f"{row.get(k, 0.0):9.3f}" for k in COLUMNS)
-             for label, row in rows]
-    return "\n".join([" " * 32 + "".join(f"{c:>9}" for c in COLUMNS.values()), *lines])
+    return "\n".join([" " * 32 + "".join(f"{c:>9}" for c in COLUMNS.values())] + [label.ljust(
+        32) + "".join(f"{row.get(k, 0.0):9.3f}" for k in COLUMNS) for label, row in rows])
 
 def name_of(row, what=""):
-    """What a row is of, in words."""
     step = f", step {row['step']:.0f}" * (row["method"] != "base")
     return row["method"] + what + step + ", then RL" * (row["stage"] == "rl")
 
@@ -185,8 +173,7 @@ def curves_of(rows):
     return out
 
 def summary(rows):
-    """-> [(label, row averaged over seeds), ...]: base, and of each method its peak, the steps that
-    RL starts from or the last, and what RL made of them."""
+    """-> [(label, mean row), ...]: base; peak, last step and starts of RL of each method; RL."""
     curves, groups = curves_of(rows), {}
     healed = {(r["method"], r["step"]) for r in rows if r["stage"] == "rl"}
     for r in rows:
@@ -195,13 +182,12 @@ def summary(rows):
             groups.setdefault((m, "peak"), []).append(peak(curve))
         if r["stage"] != "sft" or (m, r["step"]) in healed or r is curve[-1]:
             groups.setdefault((m, r["step"], r["stage"]), []).append(r)
-    means = {key: average(rs) for key, rs in groups.items()}
-    return [(name_of(r, ", OOD peak" * ("peak" in key)), r) for key, r in means.items()]
+    means = ((key, average(rs)) for key, rs in groups.items())
+    return [(name_of(r, ", OOD peak" * ("peak" in key)), r) for key, r in means]
 
 def compare(rows):
-    """Text: differences of each method to sft and to clip, paired by seed (same base, same data in
-    the same order), at the end and where ID first reaches .95 (n: seeds in which both did)."""
-    keys, curves, lines = ("id", "ood", "ood_any", "prior"), curves_of(rows), []
+    """Text: differences to sft and to clip, paired by seed: same base, same data, same order."""
+    keys, curves, lines = ("ood", "ood_any", "explained", "prior"), curves_of(rows), []
     for where, at in (("at the end", lambda curve: curve[-1]),
                       ("where ID first reaches .95", lambda curve: first_at(curve, 0.95))):
         for m, ref in [(m, ref) for ref in ("sft", "clip") if ref in curves for m in curves]:
@@ -217,11 +203,10 @@ def compare(rows):
 
 def draw(ax, points, color, **style):
     """A line through the means of points {x: [a value a seed]}, with its 95 % band."""
-    means, halves = zip(*map(interval, points.values()))
+    means, halves = torch.tensor([interval(v) for v in points.values()]).T
     ax.plot(list(points), means, color=color, **style)
-    if max(halves) < math.inf:
-        low, high = ([m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1))
-        ax.fill_between(list(points), low, high, color=color, alpha=0.15, lw=0)
+    if halves.isfinite().all():
+        ax.fill_between(list(points), means - halves, means + halves, color=color, alpha=0.15, lw=0)
 
 def by_step(rows, method, key, stage="sft"):
     """-> {step: [the value of key of each seed]}; of SFT with the base at 2, for a log scale."""
@@ -232,37 +217,37 @@ def by_step(rows, method, key, stage="sft"):
     return out
 
 def summary_figure(fig, rows):
-    """OOD and ID accuracy over SFT updates, RL as arrows."""
-    axes = fig.subplots(1, 2, sharey=True)
-    for ax, key, title in zip(axes, ("ood", "id"), ("out of distribution: J, Q, K = 11, 12, 13",
-                                                    "in distribution: J = Q = K = 10")):
-        for m, color, shift in (("base", "black", 1), ("sft", "#d1495b", 0.97),
-                                ("clip", "#2e86ab", 1.03)):
+    """ID, OOD and prior abilities over SFT updates; arrows: what RL makes of a checkpoint."""
+    panels = (("id", "id", "ID: S, J = Q = K = 10"),
+              ("ood", "ood_any", "OOD: S, J, Q, K = 11, 12, 13\n(dashed: in any format)"),
+              ("prior", "explained", "prior abilities: M, R, D, C\n(dashed: E, OOD)"))
+    axes = fig.subplots(1, 3, sharey=True)
+    for ax, (key, dashed, title) in zip(axes, panels):
+        for m, color, shift in (("base", "black", 1), ("sft", "#d1495b", 0.96),
+                                ("clip", "#2e86ab", 1.04)):
             points = by_step(rows, m, key)
-            if len(points) > 1:
+            if m != "base":
                 draw(ax, points, color, label=m, marker=".")
-                draw(ax, by_step(rows, m, f"{key}_any"), color, ls="--", lw=1)
+                draw(ax, by_step(rows, m, dashed), color, ls="--", lw=1)
             for s, ends in by_step(rows, m, key, "rl").items():
                 ax.annotate("", (s * shift, mean(ends)), (s * shift, mean(points[s])),
-                            arrowprops=dict(arrowstyle="-|>", color=color, lw=1.6, shrinkA=0))
-        ax.set(title=title, xlabel="SFT updates (log scale)", xscale="log", ylim=(0, 1.03))
-        ax.set_xticks([2, 5, 10, 20, 50, 100, 200], ["base", 5, 10, 20, 50, 100, 200])
+                            arrowprops=dict(arrowstyle="-|>", color=color))
+        ax.set(title=title, xlabel="SFT updates (log scale)", xscale="log", ylim=(-0.03, 1.03))
+        ax.set_xticks([2, 4, 8, 16, 32, 64, 128, 300], ["base", 4, 8, 16, 32, 64, 128, 300])
         ax.minorticks_off()
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy, greedy decoding")
-    axes[1].legend(loc="lower center", frameon=False,
-                   title="arrow: GRPO on ID prompts\ndashed: last number right, in any format")
+    axes[0].legend(loc="lower right", frameon=False, title="arrow: GRPO on ID prompts")
 
 def read_json(path):
     """A JSON file of a run folder, or BadInput."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise BadInput(f"error: cannot read {path} ({e}); a file in cells/ may be deleted: the same "
-                       "command then computes it anew")
+        raise BadInput(f"error: cannot read {path} ({e}); delete it and run the same command again")
 
 def read_rows(run):
-    """The rows of a run folder's cells, by seed, method, step and stage; no bases without SFT."""
+    """The rows of a run folder's cells, in order; without bases that have no SFT."""
     rows = [r for p in sorted((Path(run) / "cells").glob("*.json")) for r in read_json(p)]
     used, first = {r["seed"] for r in rows if r["stage"] == "sft"}, ["base", "sft", "clip"]
     if not used:
@@ -271,14 +256,13 @@ def read_rows(run):
     return sorted([r for r in rows if r["seed"] in used], key=lambda r: (
         r["seed"], order.index(r["method"]), r["step"], r["stage"] == "rl"))
 
-def save_figure(path, draw_into, *args, size=(10, 4.4)):
-    """Write a figure; a hint alone where matplotlib is missing or broken."""
-    try:
-        from matplotlib.figure import Figure
+def save_figure(path, draw_into, *args, size=(13, 4.4)):
+    try:    # an optional extra may fail in any way
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure
     except Exception as e:
-        return print(f"no figures: matplotlib does not work here ({type(e).__name__}: {e})")
-    fig = Figure(size, layout="tight")
-    draw_into(fig, *args)
+        return print(f"no figures: matplotlib does not work here ({ascii(e)})")
+    draw_into(fig := matplotlib.figure.Figure(size, layout="tight"), *args)
     with atomic(path) as tmp:
         fig.savefig(tmp, dpi=100, format="png")
     print(f"figure: {ascii(str(path))}")
@@ -291,19 +275,5 @@ def report(run):
     print(f"\n{table(summary(rows))}\n{compare(rows)}")
     save_figure(run / "summary.png", summary_figure, rows)
 
-def show(run, n):
-    """n OOD problems, and what each checkpoint of a run makes of them; ok: strictly right."""
-    problems = eval_sets(max(16, n))["ood"][:n]
-    paths = sorted(Path(run).glob("ckpt/*.pt"), key=lambda p: [w.zfill(9) for w in p.stem.split("-")])
-    said = {p.stem: respond(load_checkpoint(p), problems)[0] for p in paths}
-    for i, p in enumerate(problems):
-        print(f"\n{p.prompt}   values {' '.join(map(str, p.values))}, total {sum(p.values)}")
-        for name, texts in said.items():
-            print(f"  {'ok' * data.verify(p, texts[i]).strict:2} {name:20} {texts[i]}")
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("--show", type=int, default=0, help="print so many OOD problems and answers")
-    args = parser.parse_args()
-    show(args.run, args.show) if args.show > 0 else report(args.run)
+    report(sys.argv[1] if sys.argv[1:] else "runs/main")

@@ -1,7 +1,7 @@
-"""model.py - a GPT-2 in one file that decodes all rows together.  Run it for its parameter table.
+"""model.py - a GPT-2 that decodes all rows together.
 
-Above the ruled line: transformer and log-probabilities; below: optimizer, files, command line.
-Parameters are named as in GPT-2; a state dict moves to and from nanoGPT unchanged.
+Above the ruled line: transformer and log-probabilities; below: optimizers, files, command line.
+Parameters are named as in nanoGPT, which takes them unchanged.
 Shapes: B rows, T tokens, C channels, H heads, D = C / H, V vocabulary.
 """
 import argparse
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 124
+    vocab_size: int = 129
     block_size: int = 40      # longest sequence, prompt and response together
     n_layer: int = 3
-    n_head: int = 2
-    n_embd: int = 64
+    n_head: int = 4
+    n_embd: int = 96
     bf16: bool = False        # matrix products in bfloat16 over float32 weights
 
 class Attention(nn.Module):
@@ -131,8 +131,7 @@ class GPT(nn.Module):
                 logits = self.lm_head(x).float()                             # (live, V)
                 token = logits.argmax(-1)
                 if temperature > 0:
-                    # The first token whose cumulative probability exceeds u: torch.multinomial does
-                    # the same more slowly.
+                    # the first token whose cumulative probability exceeds u
                     cdf = (logits / temperature).softmax(-1).cumsum(-1)
                     u = torch.rand(len(live), 1, device=dev, generator=generator) * cdf[:, -1:]
                     token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=c.vocab_size - 1)
@@ -172,35 +171,44 @@ def response_logits(model, ids, mask):
 def response_logprobs(model, ids, mask, temperature=1.0):
     """log pi of each response token: ids, mask (B, T) -> (B, T-1) float32, 0 outside the mask."""
     m = mask[:, 1:]
-    logp = token_logprobs(response_logits(model, ids, mask) / temperature, ids[:, 1:][m])   # (N,)
+    logits = response_logits(model, ids, mask).float() / temperature         # (N, V)
+    logp = token_logprobs(logits, ids[:, 1:][m])                             # (N,)
     return torch.zeros(m.shape, device=ids.device).masked_scatter(m, logp)
 
 def trim(ids, mask):
     """Drop the columns behind the longest row of ids, mask (B, T)."""
-    T = int(mask.nonzero()[:, 1].max()) + 1
+    T = int((mask.any(0) * torch.arange(mask.shape[1], device=mask.device)).max()) + 1
     return ids[:, :T], mask[:, :T]
 
 # ================================================================= below: what it takes to run this
-def adamw(model, lr, betas=(0.9, 0.95), weight_decay=0.0):
-    """AdamW, fused; weight decay on matrices only, not on biases and LayerNorm gains."""
-    groups = [dict(params=[p for p in model.parameters() if p.dim() >= 2]),
-              dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr, betas, weight_decay=weight_decay, fused=True)
+torch.set_float32_matmul_precision("high")    # TF32 on CUDA; on the CPU it changes nothing
 
-def update(model, opt, lr, max_norm=1.0):
-    """One optimizer step at this learning rate after clipping the gradient norm. If that is not
-    finite: BadInput, the weights left as they were."""
+def adamw(model, lr):
+    """-> [AdamW], fused, without weight decay: for SFT and RL."""
+    return [torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0,
+                              fused=True)]
+
+def muon(model, lr, adam_lr):
+    """-> optimizers for pre-training: Muon for the blocks' matrices, AdamW for the rest; twice as
+    fast as AdamW alone, and a stronger base."""
+    blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if all(p is not q for q in blocks)]
+    return [torch.optim.Muon(blocks, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+
+def update(model, opts, scale=1.0, max_norm=1.0):
+    """A step at scale times each rate after clipping the gradient norm; BadInput if not finite."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if not norm.isfinite():
         raise BadInput(f"error: the gradient norm is {norm}: try a lower learning rate")
-    for group in opt.param_groups:
-        group["lr"] = lr
-    opt.step()
-    opt.zero_grad(set_to_none=True)
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = scale * group.setdefault("initial_lr", group["lr"])
+        opt.step()
+        opt.zero_grad(set_to_none=True)
 
 def generator(device, *key):
-    """A torch.Generator that depends on nothing but key, e.g. (seed, "rollout", step): no state of
-    random numbers is ever carried along."""
+    """A torch.Generator that depends on key alone: no RNG state is ever carried along."""
     return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
 class BadInput(SystemExit):
@@ -208,19 +216,19 @@ class BadInput(SystemExit):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yields a temporary path to write to and renames it, so that nobody ever reads half a file.
-    BadInput if the disk is full or read-only."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
+    """Yields a temporary path to write to and renames it, so that nobody ever reads half a file;
+    makes the folder. BadInput if the disk is full or read-only."""
+    tmp = Path(f"{path}.{os.urandom(4).hex()}.tmp")
     try:
+        tmp.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:    # RuntimeError: torch.save on a full disk
-        with contextlib.suppress(OSError):
-            tmp.unlink(missing_ok=True)
         raise BadInput(f"error: cannot write {path}: {e}")
+    finally:
+        tmp.exists() and tmp.unlink()
 
 def save_checkpoint(path, model):
-    """Weights and architecture, atomically."""
     with atomic(path) as tmp:
         torch.save(dict(gpt=asdict(model.config), model=model.state_dict()), tmp)
 
@@ -235,15 +243,7 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(saved["model"])    # strict: no weight is left random in silence
         return model
     except Exception as e:
-        raise BadInput(f"error: {path} is missing, damaged or not a checkpoint of this project "
-                       f"({type(e).__name__}: {e}); delete it if it is there and run again")
-
-def pick_device(name):
-    """'auto' is CUDA where there is one, else the CPU; a device asked for by name must exist."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BadInput("error: --device cuda: torch finds no CUDA device; use --device cpu")
-    torch.set_float32_matmul_precision("high")    # TF32 on CUDA; on the CPU it changes nothing
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+        raise BadInput(f"error: cannot load {path} ({e}); if it is there, delete it and run again")
 
 def arg(default, help, choices=None, **bounds):
     """A dataclass field that is a flag; a tuple takes many values. bounds: gt, ge, lt."""
@@ -266,14 +266,10 @@ def parse(cls, argv, doc, defaults={}):
                 if not getattr(operator, name)(value, bound):
                     raise argparse.ArgumentTypeError(f"{text} is not {name} {bound}")
             return value
+        convert.__name__ = "number"
         shown = " ".join(map(str, f.default)) if many else f.default
         parser.add_argument(f"--{f.name}", default=f.default, choices=m["choices"], type=convert,
                             nargs="*" if many else None, metavar="", help=f"{m['help']} [{shown}]")
     parser.set_defaults(**defaults)
     got = vars(parser.parse_args(argv))
     return cls(**{f.name: got[f.name] for f in fields(cls)})
-
-if __name__ == "__main__":
-    count = {n: p.numel() for n, p in GPT(GPTConfig()).named_parameters()}
-    for part in ("wte", "wpe", "attn", "mlp", "ln_", ""):
-        print(f"{part or 'all':>6} {sum(v for n, v in count.items() if part in n):>9,}")

@@ -1,7 +1,5 @@
 """rl.py - the clipped surrogate that SFT and RL share, and GRPO on in-distribution prompts.
 
-    python rl.py --init runs/main/ckpt/s0-sft-100.pt      GRPO from any checkpoint
-
 One step: sample G responses to each of P prompts, reward them by the strict verifier, compare each
 with its group, and raise the better ones by PPO's clipped surrogate.
 Shapes: P prompts, G responses a prompt, B = P * G rows, T tokens.
@@ -9,15 +7,12 @@ Shapes: P prompts, G responses a prompt, B = P * G rows, T tokens.
 import copy
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
-from eval import average, evaluate, respond, table
-from model import (BadInput, adamw, arg, generator, load_checkpoint, parse, pick_device,
-                   response_logprobs, save_checkpoint, trim, update)
+from eval import respond
+from model import adamw, arg, generator, response_logprobs, trim, update
 
 def clipped_surrogate(logp, old_logp, adv, eps_low, eps_high):
     """Per-token PPO objective, to be maximised. logp, old_logp (B, T), adv broadcasts, -> (B, T).
@@ -60,9 +55,9 @@ def kl_k3(logp, ref_logp):
     return torch.expm1(log_ratio) - log_ratio
 
 def micro_batches(mask, how, n):
-    """Cut a batch into n runs of rows, short rows together. Yields (rows, share) such that the sum
-    over the runs of share * masked_mean(x[rows], mask[rows], how) is masked_mean(x, mask, how), and
-    so its gradient."""
+    """Cut a batch into n runs of rows, short ones together: yields (rows, share); the sum of share
+    * masked_mean(x[rows], mask[rows], how) is masked_mean(x, mask, how), and so is its gradient."""
+    mask = mask.bool()
     order = mask.cumsum(1).argmax(1).argsort(stable=True) if n > 1 else torch.arange(len(mask))
     for rows in order.chunk(n):
         share = mask[rows].sum() / mask.sum().clamp(min=1) if how == "token" else \
@@ -78,17 +73,14 @@ class RLConfig:
     rl_updates: int = arg(4, "updates a GRPO step, each on its share of the rollouts", gt=0)
     rl_eps_low: float = arg(0.2, "GRPO clip below: 1 - eps_low", gt=0, lt=1)
     rl_eps_high: float = arg(0.28, "GRPO clip above: 1 + eps_high (DAPO's clip-higher)", gt=0)
-    adv_scale: str = arg("std", "group advantage: std (GRPO) or none (Dr. GRPO)",
-                         choices=("std", "none"))
+    adv_scale: str = arg("std", "advantage over std (GRPO) or none (Dr. GRPO)", ("std", "none"))
     kl_coef: float = arg(0.0, "weight of the KL to the policy that RL starts from", ge=0)
     temperature: float = arg(1.0, "of sampling and of scoring alike", gt=0)
-    aggregate: str = arg("token", "mean of the per-token losses, see masked_mean",
-                         choices=("token", "sequence", "constant"))
+    aggregate: str = arg("token", "see masked_mean", ("token", "sequence", "constant"))
     grad_accum: int = arg(1, "micro-batches an update, for memory; same gradient", gt=0)
-    eval_n: int = arg(1000, "held-out problems under each of the two rules; a quarter as many "
-                      "random rules and prior abilities", ge=16)
+    eval_n: int = arg(500, "held-out problems of each kind", ge=16)
     seed: int = arg(0, "first random seed", ge=0)
-    device: str = arg("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = arg("cpu", "cpu or cuda", ("cpu", "cuda"))
 
 def rollout(model, c, step, seed):
     """Sample c.rl_group responses to c.rl_prompts fresh ID problems of the rl split.
@@ -99,10 +91,9 @@ def rollout(model, c, step, seed):
     texts, ids, mask = respond(model, problems, c.rl_group, c.temperature, noise)
     rewards = torch.tensor([float(data.verify(problems[i // c.rl_group], text).strict)
                             for i, text in enumerate(texts)]).view(c.rl_prompts, c.rl_group)
-    ended = ((ids == data.EOS) & mask).any(1)
-    return ids, mask, rewards, 1 - ended.float().mean().item()
+    return ids, mask, rewards, 1 - (ids == data.EOS).any(1).float().mean().item()
 
-def grpo_step(model, opt, c, step, seed, ref=None):
+def grpo_step(model, opts, c, step, seed, ref=None):
     """One rollout and c.rl_updates updates. -> dict of statistics. `ref` is needed for kl_coef."""
     ids, mask, rewards, truncated = rollout(model, c, step, seed)
     adv = group_advantage(rewards, c.adv_scale)                              # (P, G)
@@ -121,7 +112,7 @@ def grpo_step(model, opt, c, step, seed, ref=None):
         ref_logp = response_logprobs(ref, ids, mask, c.temperature) if c.kl_coef else None
     order = torch.randperm(len(ids), generator=generator("cpu", seed, "rl-order", step))
     clipped = tokens = 0
-    for batch in order.to(ids.device).chunk(c.rl_updates):
+    for batch in order.to(ids.device).tensor_split(c.rl_updates):
         for rows, share in micro_batches(mask[batch], c.aggregate, c.grad_accum):
             rows = batch[rows]
             m = mask[rows, 1:]                                               # (B, T-1)
@@ -135,35 +126,12 @@ def grpo_step(model, opt, c, step, seed, ref=None):
             off = (a > 0) & (r > 1 + c.rl_eps_high) | (a < 0) & (r < 1 - c.rl_eps_low)
             clipped += (off & m).sum().item()
             tokens += m.sum().item()
-        update(model, opt, c.rl_lr * min(1, (step + 1) / 5))
+        update(model, opts, min(1, (step + 1) / 5))
     return stats | dict(clip_frac=clipped / tokens)
 
 def grpo(model, c, seed):
     """Run GRPO on `model` in place: yields (step, statistics) after each of c.rl_steps steps."""
-    opt = adamw(model, c.rl_lr)
+    opts = adamw(model, c.rl_lr)
     ref = copy.deepcopy(model) if c.kl_coef else None
     for step in range(c.rl_steps):
-        yield step + 1, grpo_step(model, opt, c, step, seed, ref)
-
-# ================================================================= below: what it takes to run this
-@dataclass
-class Main(RLConfig):
-    init: str = arg("", "checkpoint to start from; the result goes beside it, as ...-rl.pt")
-
-def main(argv=None):
-    c = parse(Main, argv, __doc__)
-    out = Path(c.init).with_suffix("").with_name(f"{Path(c.init).stem}-rl.pt")
-    if not c.init or out.exists():
-        raise BadInput("error: --init CKPT is needed, and CKPT-rl.pt must not be there yet")
-    model = load_checkpoint(c.init, pick_device(c.device))
-    start = copy.deepcopy(model)
-    with tqdm(grpo(model, c, c.seed), "GRPO", c.rl_steps) as bar:
-        log = [stats for _, stats in bar if not bar.set_postfix(reward=stats["reward"])]
-        seconds = bar.format_dict["elapsed"] / c.rl_steps
-    save_checkpoint(out, model)
-    print(table([("before", evaluate(start, start, c.eval_n)), (
-        "after", evaluate(model, start, c.eval_n) | average(log[-10:]))]))
-    print(f"{seconds:.2f} s a GRPO step; {out}")
-
-if __name__ == "__main__":
-    main()
+        yield step + 1, grpo_step(model, opts, c, step, seed, ref)

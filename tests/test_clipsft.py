@@ -24,11 +24,11 @@ from clipsft import METHODS, Batch, Config, clip_loss, dft_loss, finetune, parse
 from model import GPT, BadInput, GPTConfig, adamw, arg, load_checkpoint
 
 ROOT = Path(clipsft.__file__).parent
-SMALL = ("--n_layer 1 --n_head 2 --n_embd 16 --base_steps 6 --base_lr 1e-2 --base_docs 10 "
+SMALL = ("--n_layer 1 --n_head 2 --n_embd 16 --base_steps 6 --base_lr 1e-2 --base_adam_lr 2e-2 --base_docs 10 "
          "--base_batch 4 --steps 7 --lr 3e-3 --demos 10 --batch_size 4 --old_every 3 "
          "--eps_high 0.05 --rl_from 4 --rl_steps 1 --rl_prompts 2 --rl_group 2 --eval_n 16 "
-         "--device cpu --aggregate token --grad_accum 1 --skip none").split()
-C, OPEN = parse(Config, SMALL, ""), pytest.mark.xfail(strict=True, reason="not mended yet")
+         "--device cpu --aggregate token --grad_accum 1 --skip none --passes 1").split()
+C = parse(Config, SMALL, "")
 SMOKE = "--preset smoke --device cpu --seeds 2 --workers 2".split()
 LONG = " ".join([*SMALL, "--workers 2 --steps 1000000 --rl_methods"])
 BASE, SFT, CLIP = "s0-base_cell.json", "s0-sft-sft_cell.json", "s0-clip-sft_cell.json"
@@ -49,7 +49,7 @@ def start():
     torch.manual_seed(0)
     model, (ids, mask) = GPT(GPTConfig(data.N_VOCAB, 40, 1, 2, 16)), data.demonstrations(10, 3)
     c = replace(C, steps=40, lr=1e-2, batch_size=10)
-    list(finetune(model, None, ids, mask, "sft", c, 0, adamw(model, 1)))
+    list(finetune(model, None, ids, mask, "sft", c, 0, adamw(model, c.lr)))
     return model, ids, mask
 
 # ---- losses
@@ -80,7 +80,7 @@ def test_right_after_a_refresh_clip_is_sft(start, monkeypatch):
     for k, fresh in ((3, [0, 3, 6]), (7, [0]), (50, [0])):
         seen.clear()
         mine = copy.deepcopy(model)
-        list(finetune(mine, model, ids, mask, "clip", replace(C, old_every=k), 0, adamw(mine, 1)))
+        list(finetune(mine, model, ids, mask, "clip", replace(C, old_every=k), 0, adamw(mine, C.lr)))
         assert [i for i, b in enumerate(seen) if torch.equal(b.logp, b.old_logp)] == fresh
     last, mine = seen[-1], seen[-1].model          # K >= steps: the base, frozen
     assert torch.equal(last.base_logp, last.old_logp) and not last.old_logp.requires_grad
@@ -95,17 +95,18 @@ def micro(monkeypatch):
     return log
 
 # ---- the loop, once more by plain loops in float64
-def plain(model, ids, mask, method, c, seed, betas=(0.9, 0.95), decay=0, rate=lambda step: 1):
+def plain(model, ids, mask, method, c, seed, opts=None, rate=lambda step: 1):
     """finetune in place, token by token -> [(loss, clip_frac)], a pair an update."""
     base, log, per_epoch = copy.deepcopy(model), [], max(1, len(ids) // c.batch_size)
-    opt = torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.dim() == n],
-                                  weight_decay=decay * (n == 2)) for n in (1, 2)], betas=betas)
+    opts = opts or [torch.optim.AdamW(model.parameters(), c.lr, betas=(0.9, 0.95), weight_decay=0)]
+    rates = [opt.param_groups[0]["lr"] for opt in opts]
     for step in range(c.steps):
         if step % c.old_every == 0:
             old = copy.deepcopy(model)
-        if step % per_epoch == 0:
-            order = torch.randperm(len(ids), generator=keyed(seed, step // per_epoch)).tolist()
-        rows, beyond = order[step % per_epoch * c.batch_size:][:c.batch_size], []
+        group = c.old_every // c.passes          # batches of one refresh, passed again and again
+        at = step // c.old_every * group + step % c.old_every % group
+        order = torch.randperm(len(ids), generator=keyed(seed, at // per_epoch)).tolist()
+        rows, beyond = order[at % per_epoch * c.batch_size:][:c.batch_size], []
         z, z_old, z_base = (m(ids[rows]).log_softmax(-1) for m in (model, old, base))
         per_row = [[] for _ in rows]
         for i, t in mask[rows, 1:].nonzero().tolist():
@@ -122,21 +123,21 @@ def plain(model, ids, mask, method, c, seed, betas=(0.9, 0.95), decay=0, rate=la
         total = {"token": sum(map(sum, per_row)) / len(beyond),
                  "sequence": sum(sum(x) / len(x) for x in per_row) / len(rows),
                  "constant": sum(map(sum, per_row)) / len(rows) / data.MAX_NEW}[c.aggregate]
-        opt.zero_grad()
+        model.zero_grad()
         total.backward()
         norm = math.sqrt(sum(p.grad.pow(2).sum().item() for p in model.parameters()))
         for p in model.parameters():
             p.grad /= max(1, norm)
-        for group in opt.param_groups:
-            group["lr"] = c.lr * rate(step)
-        opt.step()
+        for opt, lr in zip(opts, rates):
+            opt.param_groups[0]["lr"] = lr * rate(step)
+            opt.step()
         log.append((total.item(), sum(beyond) / len(beyond)))
     return log
 
 @pytest.mark.parametrize("method, own", [
     ("sft", {}), ("clip", {}), ("clip", dict(eps_high=math.inf, aggregate="sequence")), ("dft", {}),
     ("clip", dict(old_every=7, aggregate="constant")), ("clip", dict(aggregate="sequence")),
-    ("kl", dict(batch_size=16))])
+    ("kl", dict(batch_size=16)), ("clip", dict(old_every=6, passes=3, batch_size=3))])
 def test_fine_tuning_by_plain_loops(start, micro, method, own):
     """Weights and statistics, with any number of micro-batches."""
     (model, ids, mask), c = start, replace(C, **own)
@@ -159,10 +160,14 @@ def test_pre_training_by_plain_loops(micro, steps, accum):
     docs = [data.base_document(rng) for _ in range(10)]
     torch.manual_seed(3)
     model = GPT(GPTConfig(data.N_VOCAB, 40, 1, 2, 16)).double()
+    block = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    rest = [p for n, p in model.named_parameters() if p.dim() == 1 or ".h." not in n]
+    opts = [torch.optim.Muon(block, 1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, 2e-2, betas=(0.9, 0.98), weight_decay=0)]
     plain(model, *data.batch([(p.prompt, text) for p, text in docs]), "sft",
-          replace(C, steps=steps, lr=1e-2), 3, (0.9, 0.98), 0.1,
+          replace(C, steps=steps, old_every=steps), 3, opts,
           lambda step: min(1, (step + 1) / 100) * (steps - step) / steps)
-    same_weights(got, model, 1e-5 if steps == 5 else 5e-4)
+    same_weights(got, model, 1e-4 if steps == 5 else 5e-2)
     assert micro == [("token", 2 * accum)] * steps
 
 @pytest.mark.parametrize("seed", range(4))
@@ -196,8 +201,7 @@ def test_method_settings():
     ("--eps_high 0", "eps_high"), ("--lr nan", "lr"), ("--preset huge", "preset"), ("x y", "x y"),
     ("--n_head 3", "n_head 3"), ("--workers 2", "--workers 1"),
     ("--out_dir /dev/null/x", "/dev/null/x"), ("--out_dir /proc/nowhere", "/proc/nowhere"),
-    pytest.param("--methods", "methods", marks=OPEN),
-    pytest.param("--rl_methods nope", "nope", marks=OPEN)])
+    ("--methods", "method"), ("--rl_methods nope", "nope")])
 def test_bad_command_lines_are_one_line_and_write_nothing(line, said, quick, tmp_path):
     with pytest.raises(BadInput, match=f"^error: .*{said}.*$"):
         go(tmp_path / "r", *line.split())
@@ -211,7 +215,7 @@ def test_help_is_short_and_has_every_flag(capsys, monkeypatch):
     assert len(lines) < 65 and max(map(len, lines)) < 100
     assert {f"--{name}" for name in asdict(C)} <= {x.split()[0] for x in lines if x.strip()}
 
-@pytest.mark.parametrize("name", ["other", pytest.param("main", marks=OPEN)])
+@pytest.mark.parametrize("name", ["other", "main"])
 def test_as_many_processes_as_cpus_but_one_in_a_notebook(tmp_path, monkeypatch, name):
     flags = [*SMALL, "--out_dir", str(tmp_path / "r")]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
@@ -297,7 +301,6 @@ def test_a_kill_at_any_moment_changes_nothing(quick, tmp_path, monkeypatch, n):
     again, whole = (go(tmp_path / x / "r", "--methods", "sft") for x in "ab")
     assert again == whole and before.items() <= stamps(tmp_path).items()
 
-@OPEN
 @pytest.mark.parametrize("first, gone, then", [
     ("", "no file", "--methods clip:eps_high=0.4 --rl_methods clip:eps_high=0.4"),
     ("--rl_methods", "no file", ""), ("", "s0-base.pt", "--methods sft clip dft"),
@@ -392,7 +395,7 @@ def launched(tmp_path_factory):
             os.killpg(p.pid, signal.SIGKILL)
 
 def wait_for(p, out, cells):
-    end = time.time() + 60
+    end = time.time() + 300                        # a busy machine may take long to import torch
     while len([*out.glob("cells/*.json")]) < cells:
         assert p.poll() is None and time.time() < end, p.communicate()
         time.sleep(0.01)
@@ -422,6 +425,6 @@ def test_ctrl_c_ends_in_seconds(launched):
 
 def test_an_error_in_a_worker_ends_the_run_and_names_the_line(launched):
     p, out = launched["wrong"]
-    err, code = p.communicate(timeout=60)[1], out.parent / "code" / "clipsft.py"
+    err, code = p.communicate(timeout=300)[1], out.parent / "code" / "clipsft.py"
     line = code.read_text().split("'typo'")[0].count("\n") + 1
     assert p.returncode == 1 and f'{code}", line {line}, in' in err, err

@@ -114,40 +114,53 @@ def test_bfloat16_is_near_float32_and_every_parameter_learns(tiny):
     M.response_logprobs(half, ids, mask).sum().backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in half.parameters())
 
-@pytest.mark.parametrize("T", [1.0, pytest.param(1.3, marks=pytest.mark.xfail(
-    strict=True, reason="response_logprobs divides by T in bfloat16; generate in float32"))])
+@pytest.mark.parametrize("T", [1.0, 1.3])
 def test_bfloat16_logits_are_scored_in_float32(tiny, T):
     tiny.config.bf16, (ids, mask) = True, data.demonstrations(8, 0)
     z = M.response_logits(tiny, ids, mask).double() / T
     got = M.response_logprobs(tiny, ids, mask, T)[mask[:, 1:]]
     assert torch.allclose(got.double(), Categorical(logits=z).log_prob(ids[mask]), atol=1e-5)
 
-def descend(model, opt, gradient, *args):
+def descend(model, opts, gradient, *args):
     """One update from a constant gradient -> the weights before and after."""
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.full_like(p, gradient)
-    M.update(model, opt, *args)
+    M.update(model, opts, *args)
     assert all(p.grad is None for p in model.parameters())
     return list(zip(before, model.parameters()))
 
 def test_update_clips_the_gradient_norm_and_refuses_what_is_not_finite(tiny):
-    sgd, before = torch.optim.SGD(tiny.parameters(), 1.0), copy.deepcopy(tiny.state_dict())
+    sgd, before = [torch.optim.SGD(tiny.parameters(), 0.5)], copy.deepcopy(tiny.state_dict())
     for bad in (math.nan, math.inf):
         with pytest.raises(BadInput, match=f"norm is {bad}"):
-            descend(tiny, sgd, bad, 1e-3)
+            descend(tiny, sgd, bad)
         assert all(torch.equal(before[k], w) for k, w in tiny.state_dict().items())
-    for length, args in ((1.0, ()), (0.3, (0.3,))):    # plain descent: lr times the clipped norm
-        moved = sum((a - b).pow(2).sum() for a, b in descend(tiny, sgd, 100.0, 0.5, *args)).sqrt()
+    for length, args in ((1.0, ()), (0.4, (0.4,)), (0.06, (0.2, 0.3))):    # scale, longest norm
+        moved = sum((a - b).pow(2).sum() for a, b in descend(tiny, sgd, 100.0, *args)).sqrt()
         assert moved.item() == pytest.approx(0.5 * length, rel=1e-3)
-    for a, b in descend(tiny, sgd, 1e-5, 0.5):                            # short enough: unclipped
+    for a, b in descend(tiny, sgd, 1e-5):                                 # short enough: unclipped
         assert torch.allclose(a - b, torch.tensor(5e-6), atol=2e-7)
 
-def test_first_adam_step_is_the_learning_rate_and_only_matrices_decay(tiny):
-    for decay, opt in ((0.5, M.adamw(tiny, 1.0, weight_decay=0.5)), (0, M.adamw(tiny, 0.3))):
-        for a, b in descend(tiny, opt, 100.0, 1e-2):
-            assert torch.allclose(b, a * (1 - 0.01 * decay * (a.dim() >= 2)) - 1e-2, atol=1e-5)
-    assert [(g["lr"], g["betas"]) for g in M.adamw(tiny, 0.3).param_groups] == [(.3, (.9, .95))] * 2
+def test_first_step_of_each_optimizer(tiny):
+    """AdamW's is its rate, for every weight. Muon's, for the matrices of blocks alone, has the root
+    mean square of .2 times its rate (an orthogonal matrix, nearly), whatever the gradient."""
+    for a, b in descend(tiny, M.adamw(tiny, 0.02), 100.0, 0.5):
+        assert torch.allclose(b, a - 1e-2, atol=1e-5)
+    assert M.adamw(tiny, 0.3)[0].param_groups[0]["betas"] == (0.9, 0.95)
+    opts, matrices = M.muon(tiny, 0.01, 0.02), {id(p) for p in tiny.transformer.h.parameters()
+                                                if p.dim() == 2}
+    assert {id(p) for g in opts[0].param_groups for p in g["params"]} == matrices
+    for p in tiny.parameters():
+        p.grad = torch.randn(p.shape)
+    before = [p.detach().clone() for p in tiny.parameters()]
+    M.update(tiny, opts)
+    for a, b in zip(before, tiny.parameters()):
+        if id(b) in matrices:
+            step = (a * (1 - 0.01 * 0.1) - b).pow(2).mean().sqrt()
+            assert step.item() == pytest.approx(0.002, rel=0.3)
+        else:
+            assert torch.allclose((a - b).abs(), torch.tensor(0.02), rtol=1e-2)
 
 def test_checkpoints_are_bitwise_and_bad_ones_are_named_until_deleted(tmp_path):
     path, model = tmp_path / "a.pt", GPT(GPTConfig(5, 4, 1, 1, 4, bf16=True))
@@ -171,16 +184,15 @@ def test_checkpoints_are_bitwise_and_bad_ones_are_named_until_deleted(tmp_path):
             load()
             assert bad in flips and (harmless := harmless + 1) < len(flips) / 2
         except BadInput as e:
-            assert f"{path} is missing, damaged or" in str(e) and "delete it" in str(e)
+            assert f"cannot load {path} (" in str(e) and "delete it" in str(e)
         path.unlink()                             # do as the message says: it works again
-        with pytest.raises(BadInput, match="a.pt is missing"):
+        with pytest.raises(BadInput, match="cannot load .*a.pt"):
             load()
     M.save_checkpoint(path, model)
     load()
 
-@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos"), *(
-    pytest.param(e(), marks=pytest.mark.xfail(strict=True, reason="the temporary file stays"))
-    for e in (KeyboardInterrupt, KeyError))])
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos"),
+                                   KeyboardInterrupt(), KeyError()])
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, error):
     (tmp_path / "f").write_text("old")
     mine = isinstance(error, (OSError, RuntimeError))

@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 import data
 import rl
 from eval import respond
-from model import BadInput, adamw, generator, load_checkpoint, save_checkpoint
+from model import BadInput, generator, load_checkpoint, save_checkpoint
 from rl import clipped_surrogate, group_advantage, kl_k3, masked_mean, micro_batches
 
 @pytest.mark.parametrize("adv, ratio, value, weight", [    # weight: of grad log pi, by hand
@@ -79,11 +79,12 @@ C = rl.RLConfig(rl_prompts=4, rl_group=4, rl_updates=2, rl_steps=4, rl_lr=1e-3, 
 
 def reward(tiny, monkeypatch, won=(1, 0), rule=None, max_new=6):
     """Let rule(problem, text) decide, or won in turn; responses are short, EOS is frequent."""
-    tiny.lm_head.weight.data[data.EOS], turn = 0.5, itertools.cycle(won)
+    turn = itertools.cycle(won)
     rule = rule or (lambda p, text: next(turn))
-    monkeypatch.setattr(data, "verify", lambda p, text: data.Verdict(True, rule(p, text), True))
+    monkeypatch.setattr(data, "verify", lambda p, text: data.Verdict(rule(p, text), True))
     monkeypatch.setattr(data, "MAX_NEW", max_new)
     tiny.transformer.ln_f.load_state_dict(dict(weight=torch.ones(32), bias=torch.full((32,), 0.3)))
+    tiny.lm_head.weight.data[data.EOS] = 0.5
 
 def test_rollout_draws_from_the_rl_split_and_counts_what_was_cut(tiny, monkeypatch):
     seen = []
@@ -111,7 +112,7 @@ def test_a_whole_step_by_plain_loops(tiny, monkeypatch, aggregate, scale, kl, ac
     model, trained, ref = (copy.deepcopy(tiny) for _ in range(3))
     for p in ref.parameters():
         p.data.add_(0.05 * torch.randn(p.shape, generator=generator("cpu", 1)))
-    stats = rl.grpo_step(trained, torch.optim.SGD(trained.parameters(), 9.0), c, at, 3, ref)
+    stats = rl.grpo_step(trained, [torch.optim.SGD(trained.parameters(), 1.0)], c, at, 3, ref)
     ids, mask, _, truncated = rl.rollout(tiny, c, at, 3)
     assert len(set(mask.sum(1).tolist())) > 3
     adv = {4 * g + j: (x - sum(group) / 4) / (statistics.stdev(group) if scale == "std" else 1)
@@ -178,23 +179,3 @@ def test_grpo_raises_the_reward_and_a_kl_holds_the_policy_near_its_start(tiny, m
         moved.append(kl_divergence(*(Categorical(logits=m(ids)) for m in (model, tiny))).mean())
         assert steps == tuple(range(1, 26)) and (gain > 0.3) == (coef == 0)
     assert moved[1] < 0.2 * moved[0]
-
-def test_main_trains_a_checkpoint_and_writes_another_beside_it(tiny, monkeypatch, tmp_path, capsys):
-    reward(tiny, monkeypatch)
-    path, out = tmp_path / "s0-clip-3.pt", tmp_path / "s0-clip-3-rl.pt"
-    save_checkpoint(path, tiny)
-    argv = f"--init {path} --rl_steps 2 --rl_group 4 --rl_lr .1 --seed 5 --eval_n 16".split()
-    rl.main(argv)
-    _, (before, *old), (after, *new), seconds = map(str.split, capsys.readouterr().out.splitlines())
-    assert (before, after, seconds[-1]) == ("before", "after", str(out)) and old[:-1] != new[:-1]
-    c, opt = rl.RLConfig(rl_group=4, rl_lr=0.1), adamw(tiny, 0.1)
-    assert len([rl.grpo_step(tiny, opt, c, step, 5) for step in (0, 1)]) == 2
-    assert all(map(torch.equal, tiny.parameters(), load_checkpoint(out).parameters()))
-    with pytest.raises(BadInput, match="must not be there"):
-        rl.main(argv)
-
-@pytest.mark.parametrize("argv, why", [("--init none", "none is missing"), ("--rl_group 1", "gt 1"),
-    pytest.param("", "--init CKPT", marks=pytest.mark.xfail(strict=True, reason="ValueError"))])
-def test_main_refuses_what_makes_no_sense(argv, why):
-    with pytest.raises(BadInput, match=why):
-        rl.main(argv.split())
