@@ -144,11 +144,11 @@ class SFTConfig:
     eps_high: float = arg(0.28, "clip: a token rests beyond r = 1 + eps_high", gt=0)
     old_every: int = arg(8, "K, updates per refresh of the old policy", gt=0)
     passes: int = arg(1, "passes over the demonstrations of a refresh", gt=0)
-    skip: str = arg("none", "never train base p < .1, or random tokens", ("none", "low", "random"))
+    skip: str = arg("none", "tokens never trained: base p < .1, or any", ("none", "low", "random"))
 
 @dataclass
 class Config(SFTConfig, RLConfig):
-    preset: str = arg("cpu", "smoke: seconds; gpu: 10M parameters", ("cpu", "smoke", "gpu"))
+    preset: str = arg("cpu", "gpu: 10M parameters", ("cpu", "smoke", "gpu"))
     methods: list[str] = arg(("sft", "clip"), "methods, NAME or NAME:flag=value,...")
     seeds: int = arg(1, "how many seeds, from --seed on; each has its own base", gt=0)
     rl_methods: list[str] = arg(("sft", "clip"), "those that GRPO starts from; nothing: no RL")
@@ -156,7 +156,7 @@ class Config(SFTConfig, RLConfig):
     n_layer: int = arg(3, "layers", gt=0)
     n_head: int = arg(4, "attention heads", gt=0)
     n_embd: int = arg(96, "width", gt=0)
-    dtype: str = arg("fp32", "fp32, or bf16 matrix products", ("fp32", "bf16"))
+    dtype: str = arg("fp32", "of matrix products", ("fp32", "bf16"))
     base_steps: int = arg(1000, "pre-training updates", gt=0)
     base_lr: float = arg(6e-3, "pre-training: peak learning rate of Muon", gt=0)
     base_adam_lr: float = arg(4e-3, "and of AdamW", gt=0)

@@ -259,7 +259,6 @@ def parse(cls, argv, doc, defaults={}):
     parser.error = fail
     for f in fields(cls):
         many, m = isinstance(f.default, tuple), f.metadata
-
         def convert(text, kind=f.type.__args__[0] if many else f.type, bounds=m["bounds"]):
             value = kind(text)
             for name, bound in bounds.items():
@@ -269,7 +268,8 @@ def parse(cls, argv, doc, defaults={}):
         convert.__name__ = "number"
         shown = " ".join(map(str, f.default)) if many else f.default
         parser.add_argument(f"--{f.name}", default=f.default, choices=m["choices"], type=convert,
-                            nargs="*" if many else None, metavar="", help=f"{m['help']} [{shown}]")
+                            nargs="*" if many else None, metavar="",
+                            help=f"{m['help']} {'|'.join(m['choices'] or ())} [{shown}]")
     parser.set_defaults(**defaults)
     got = vars(parser.parse_args(argv))
     return cls(**{f.name: got[f.name] for f in fields(cls)})

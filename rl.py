@@ -73,14 +73,14 @@ class RLConfig:
     rl_updates: int = arg(4, "updates a GRPO step, each on its share of the rollouts", gt=0)
     rl_eps_low: float = arg(0.2, "GRPO clip below: 1 - eps_low", gt=0, lt=1)
     rl_eps_high: float = arg(0.28, "GRPO clip above: 1 + eps_high (DAPO's clip-higher)", gt=0)
-    adv_scale: str = arg("std", "advantage over std (GRPO) or none (Dr. GRPO)", ("std", "none"))
+    adv_scale: str = arg("std", "divisor of the advantage (GRPO, Dr. GRPO)", ("std", "none"))
     kl_coef: float = arg(0.0, "weight of the KL to the policy that RL starts from", ge=0)
     temperature: float = arg(1.0, "of sampling and of scoring alike", gt=0)
-    aggregate: str = arg("token", "see masked_mean", ("token", "sequence", "constant"))
+    aggregate: str = arg("token", "mean, see masked_mean", ("token", "sequence", "constant"))
     grad_accum: int = arg(1, "micro-batches an update, for memory; same gradient", gt=0)
     eval_n: int = arg(500, "held-out problems of each kind", ge=16)
     seed: int = arg(0, "first random seed", ge=0)
-    device: str = arg("cpu", "cpu or cuda", ("cpu", "cuda"))
+    device: str = arg("cpu", "runs on", ("cpu", "cuda"))
 
 def rollout(model, c, step, seed):
     """Sample c.rl_group responses to c.rl_prompts fresh ID problems of the rl split.

@@ -3,9 +3,8 @@
     python study/claims.py runs/study --seed 40 --seeds 10
 
 First runs clipsft.py with the flags below (nothing that is there is computed again), then a few
-measurements on its checkpoints; writes claims.md, claims.json and the figures beside this file. A
-claim is one line of claims(): an array of effects, one a seed, each a difference between runs on
-the same base and the same demonstrations in the same order.
+measurements on its checkpoints; writes claims.md, claims.json and the figures beside this file.
+A claim is one line of claims(): effects, one a seed, of runs on the same base and the same data.
 """
 import argparse
 import copy
@@ -28,11 +27,11 @@ import eval as ev  # noqa: E402
 from model import atomic, generator, load_checkpoint  # noqa: E402
 
 STARTS = (4, 8, 16, 32, 64, 128, 300)
-VARIANTS = ("sft:lr=1e-4", "sft:lr=3e-5", "clip:lr=1e-4", "clip:lr=1e-3", "clip:eps_high=0.1",
-            "clip:eps_high=inf", "clip:old_every=4", "clip:old_every=24",
-            "clip:old_every=24,passes=3,eps_high=0.5", "sft:old_every=24,passes=3",
-            "clip:old_every=300", "sft:skip=low", "sft:skip=random", "dft", "kl")
 LONG = ("sft:steps=1200", "clip:steps=1200")
+CORE = ("sft", "clip", "sft:lr=1e-4", "sft:skip=low", "sft:skip=random", *LONG)
+VARIANTS = ("sft:lr=3e-5", "clip:lr=1e-4", "clip:lr=1e-3", "clip:eps_high=0.1", "clip:eps_high=inf",
+            "clip:old_every=4", "clip:old_every=24", "clip:old_every=24,passes=3,eps_high=0.5",
+            "sft:old_every=24,passes=3", "clip:old_every=300", "dft", "kl")    # on half the seeds
 MIDDLE, LATE, T_999 = (16, 32), (128, 300), [
     636.619, 31.599, 12.924, 8.610, 6.869, 5.959, 5.408, 5.041, 4.781, 4.587, 4.437, 4.318, 4.221,
     4.140, 4.073, 4.015, 3.965, 3.922, 3.883]    # Student's t, 99.9 %: thirty claims are tested
@@ -51,8 +50,7 @@ def matrices(model):
     return {n: p.detach() for n, p in model.transformer.h.named_parameters() if p.dim() == 2}
 
 def spectrum(pairs):
-    """Of the leading half of each matrix: mean |relative change of a singular value|, and the mean
-    principal angle in degrees."""
+    """Of each matrix' leading half: mean |relative change of a value|, mean angle in degrees."""
     half = [min(a.shape) // 2 for a, _ in pairs]
     return (ev.mean(ev.singular_value_shift(a, b)[:k].abs().mean().item()
                     for (a, b), k in zip(pairs, half)),
@@ -88,7 +86,6 @@ def measure(run, seed):
         if step:
             drift = ev.representation_drift(at_base, layer_means(load(f"s{seed}", m, step), *other))
             out[f"pca_{m}"], out[f"drift_{m}"] = drift
-
     # Spectra from the early checkpoint (the best start of RL on OOD half a) to the last, beside two
     # random updates of equal norm: of any spectrum, and of the same.
     first = max(STARTS[:-1], key=lambda n: rows["sft", "sft", n]["ood_a"])
@@ -104,7 +101,6 @@ def measure(run, seed):
         same_spectrum[n] = a + U * s @ V.T
     for name, other in ("", W1), ("_null", any_update), ("_same", same_spectrum):
         out["shift" + name], out["angle" + name] = spectrum([(W0[n], other[n]) for n in W0])
-
     # The leading fifth of the early directions put back into the late model, beside a straight step
     # towards the early matrices that is as long.
     fifth = {n: ev.restore_directions(W0[n], W1[n], -(-min(w.shape) // 5)) for n, w in W0.items()}
@@ -158,12 +154,9 @@ def at_step(n):
 
 def best(method, rows, key, pick="ood_a", starts=STARTS):
     """key after RL from each seed's best start, picked by half a of the OOD set."""
-    out = {}
-    for r in rows:
-        if r["stage"] == "rl" and r["method"] == method and r["step"] in starts:
-            if r["seed"] not in out or r[pick] > out[r["seed"]][pick]:
-                out[r["seed"]] = r
-    return np.array([out.get(s, {}).get(key, np.nan) for s in sorted({r["seed"] for r in rows})])
+    ends = [r for r in rows if r["stage"] == "rl" and r["method"] == method and r["step"] in starts]
+    return np.array([max((r for r in ends if r["seed"] == s), key=lambda r: r[pick],
+                         default={}).get(key, np.nan) for s in sorted({r["seed"] for r in rows})])
 
 def claims(rows, extra):
     """-> [(id, paper, what it says, what was measured, effects, {atleast, margin, beside}), ...]"""
@@ -187,7 +180,6 @@ def claims(rows, extra):
                 + 0 * steps[m] for m in steps}
         return ends["clip"] - ends["sft"]
     free = dict(margin=0.0)    # nats, degrees: "no difference" has no meaning
-    slow = "sft:lr=1e-4"
     top = at("ood", "sft", ev.peak)
     general = [("prior", "M, R, D, C"), ("explained", "E under the OOD rule"),
                ("ood_any", "OOD, last number in any format"), ("ood", "OOD, strict")]
@@ -196,9 +188,9 @@ def claims(rows, extra):
          "of a token, base p < .1 over p > .9", x["gradient"], free),
         ("gradient share", "1", "and dominate the update", "their share of the summed norms, minus "
          "their share of the tokens", x["gradient_share"] - x["low_share"], {}),
-        ("skip", "1", "improbable tokens cause the forgetting", "M, R, D, C at the end: p < .1 left "
-         "out, minus as many random tokens left out", differ("prior", end, "sft:skip=low",
-                                                             "sft:skip=random"),
+        ("skip", "1", "improbable tokens cause the forgetting", "M, R, D, C at the end: p < .1 "
+         "left out, minus as many random tokens left out",
+         differ("prior", end, "sft:skip=low", "sft:skip=random"),
          dict(beside=("ID", differ("id", end, "sft:skip=low", "sft:skip=random")))),
         ("order", "1", "clip learns improbable tokens later", "log p at update 16 where base "
          "p < .1, SFT minus clip", differ("logp_low", at_step(16), "sft", "clip"),
@@ -208,7 +200,7 @@ def claims(rows, extra):
            dict(beside=("at the end", differ(key, end))))
           for key, what in general for level in (0.95, 0.98)),
         *((f"slow SFT {key}", "", f"so does SFT at a lower rate: {what}", "where ID first reaches "
-           f".98, {slow} minus clip", differ(key, at_id(0.98), slow, "clip"), {})
+           ".98, sft:lr=1e-4 minus clip", differ(key, at_id(0.98), "sft:lr=1e-4", "clip"), {})
           for key, what in general[:2]),
         ("ID parity", "1, 3", "clip is no worse in distribution", "best ID of the run, clip minus "
          "SFT, above -.02", at("id", "clip", lambda c: max(c, key=lambda r: r["id"]))
@@ -273,9 +265,9 @@ def tables(rows, extra):
             r |= dict(zip(("beside", "beside_effect", "beside_half"),
                           (beside[0], *verdict(beside[1])[:2])))
         found.append(r)
-        bold = "**" * sure
-        text.append(f"| {id} | {paper} | {says}: {what} | {show(m, half)} | {n} | {bold}{said}{bold} "
-                    f"| {beside[0] + ' ' + show(*verdict(beside[1])[:2]) if beside else ''} |")
+        aside = f"{beside[0]} {show(*verdict(beside[1])[:2])}" if beside else ""
+        text.append(f"| {id} | {paper} | {says}: {what} | {show(m, half)} | {n} | "
+                    f"{'**' * sure}{said}{'**' * sure} | {aside} |")
     at, _ = selectors(rows)
     keys = ("id", "ood", "ood_any", "explained", "prior")
     text += ["", "| variant | " + " | ".join(f"{ev.COLUMNS[k]} at the end" for k in keys)
@@ -305,11 +297,11 @@ def idea_figure(fig):
 def trade_figure(fig, rows):
     """General abilities against ID accuracy along SFT, clip and slow SFT; RL's ends by start."""
     left, right = fig.subplots(1, 2)
-    at, after = selectors(rows)
+    at, _ = selectors(rows)
     colors = {"sft": "#d1495b", "clip": "#2e86ab", "sft:lr=1e-4": "#66a182"}
-    levels = [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99]
     for m, color in colors.items():
-        points = {lv: [v for v in at("prior", m, at_id(lv)) if np.isfinite(v)] for lv in levels}
+        points = {lv: [v for v in at("prior", m, at_id(lv)) if np.isfinite(v)]
+                  for lv in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)}
         if points := {lv: v for lv, v in points.items() if v}:
             ev.draw(left, points, color, label=m, marker=".")
     left.set(xlabel="ID accuracy first reached", ylabel="M, R, D, C at that checkpoint")
@@ -332,12 +324,12 @@ def main():
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more for clipsft.py")
     args = parser.parse_args()
     here, run = Path(__file__).parent, Path(args.run)
-    done = subprocess.run([sys.executable, here.parent / "clipsft.py", "--out_dir", run,
-                           "--seed", str(args.seed), "--seeds", str(args.seeds), "--rl_from",
-                           *map(str, STARTS), "--methods", "sft", "clip", *VARIANTS, *LONG,
-                           *args.flags])
-    if done.returncode:
-        sys.exit(done.returncode)
+    for seeds, methods in (args.seeds, CORE), ((args.seeds + 1) // 2, VARIANTS):
+        done = subprocess.run([sys.executable, here.parent / "clipsft.py", "--out_dir", run,
+                               "--seed", str(args.seed), "--seeds", str(seeds), "--rl_from",
+                               *map(str, STARTS), "--methods", *methods, *args.flags])
+        if done.returncode:
+            sys.exit(done.returncode)
     rows = ev.read_rows(run)
     seeds = sorted({r["seed"] for r in rows})
     todo = [s for s in seeds if not (run / f"measure-{s}.json").exists()]

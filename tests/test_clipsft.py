@@ -24,7 +24,8 @@ from clipsft import METHODS, Batch, Config, clip_loss, dft_loss, finetune, parse
 from model import GPT, BadInput, GPTConfig, adamw, arg, load_checkpoint
 
 ROOT = Path(clipsft.__file__).parent
-SMALL = ("--n_layer 1 --n_head 2 --n_embd 16 --base_steps 6 --base_lr 1e-2 --base_adam_lr 2e-2 --base_docs 10 "
+SMALL = ("--n_layer 1 --n_head 2 --n_embd 16 --base_steps 6 --base_lr 1e-2 --base_adam_lr 2e-2 "
+         "--base_docs 10 "
          "--base_batch 4 --steps 7 --lr 3e-3 --demos 10 --batch_size 4 --old_every 3 "
          "--eps_high 0.05 --rl_from 4 --rl_steps 1 --rl_prompts 2 --rl_group 2 --eval_n 16 "
          "--device cpu --aggregate token --grad_accum 1 --skip none --passes 1").split()
@@ -80,7 +81,8 @@ def test_right_after_a_refresh_clip_is_sft(start, monkeypatch):
     for k, fresh in ((3, [0, 3, 6]), (7, [0]), (50, [0])):
         seen.clear()
         mine = copy.deepcopy(model)
-        list(finetune(mine, model, ids, mask, "clip", replace(C, old_every=k), 0, adamw(mine, C.lr)))
+        c = replace(C, old_every=k)
+        list(finetune(mine, model, ids, mask, "clip", c, 0, adamw(mine, C.lr)))
         assert [i for i, b in enumerate(seen) if torch.equal(b.logp, b.old_logp)] == fresh
     last, mine = seen[-1], seen[-1].model          # K >= steps: the base, frozen
     assert torch.equal(last.base_logp, last.old_logp) and not last.old_logp.requires_grad

@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 import data
 import rl
 from eval import respond
-from model import BadInput, generator, load_checkpoint, save_checkpoint
+from model import generator
 from rl import clipped_surrogate, group_advantage, kl_k3, masked_mean, micro_batches
 
 @pytest.mark.parametrize("adv, ratio, value, weight", [    # weight: of grad log pi, by hand

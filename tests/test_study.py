@@ -78,7 +78,8 @@ EFFECTS = {    # effect, verdict if it does not hold, what stands beside it
     "heal 64": [0.3, 0.3], "heal 300": [0.05, 0.05],
     "bound": [0.75 - 0.72, 0.75 - 0.52],     # start 16, of all start 4, are best on half a
     "too early": [0.75 - 0.5], "too late": [0.75 - 0.4], "RL best": [0.1, 0.2],
-    "RL matched": [0.85 - 0.8, 0.264 - 0.032], "RL mean": [0.1, 0.2], "values": [0.06, 0.02], "vectors": [5 - 3.03, 5], "entropy": [0.5, 0.97],
+    "RL matched": [0.85 - 0.8, 0.264 - 0.032], "RL mean": [0.1, 0.2],
+    "values": [0.06, 0.02], "vectors": [5 - 3.03, 5], "entropy": [0.5, 0.97],
     "restore": [0.2, -0.05], "straight": [-0.1, "opposite"], "drift": [0.6, -0.3]}
 
 def test_claims_on_a_study_whose_effects_are_known():
