@@ -195,9 +195,9 @@ def compare(rows):
             pairs = [(a, b) for a, b in pairs if a and b]
             if pairs and m not in (ref, "sft"):
                 ci = [interval([a[k] - b[k] for a, b in pairs]) for k in keys]
-                lines.append(f"{m} - {ref}, {where}".ljust(44) + f"{len(pairs):2d}" + "".join(
+                lines.append(f"{m} - {ref}, {where}".ljust(43) + f"{len(pairs):4d}" + "".join(
                     f"{d:+8.3f} +-{half:5.3f}" for d, half in ci))
-    head = "paired differences, mean +- 95 %".ljust(44) + " n" + "".join(
+    head = "paired differences, mean +- 95 %".ljust(43) + "   n" + "".join(
         f"{COLUMNS[k]:>15}" for k in keys)
     return "\n".join(["", head, *lines] if lines else [])
 
