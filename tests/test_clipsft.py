@@ -278,7 +278,9 @@ def test_a_run_and_what_may_be_added_to_it(quick, tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(METHODS, "mine", lambda b, c: -c.power * b.logp)
     mine = go(out, "--methods", "mine")["s0-mine-sft_cell.json"][0]["loss"]
     assert mine > 1.5 * cells[SFT][0]["loss"] and quick[-1] == "finetune mine"
-    for line in ("--lr 2e-2", "--rl_from 3", "--n_embd 8", "--aggregate constant", "--eval_n 32"):
+    del before[out / "config.json"]                # the new flag was added to it
+    assert json.loads((out / "config.json").read_text())["power"] == 2
+    for line in ("--lr 2e-2", "--power 3", "--rl_from 3", "--n_embd 8", "--aggregate constant", "--eval_n 32"):
         with pytest.raises(BadInput, match=f"^error: .*another {line.split()[0]} .*now .*$"):
             go(out, *line.split())
     assert quick[-1] == "finetune mine" and before.items() <= stamps(out).items()
