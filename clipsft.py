@@ -83,12 +83,12 @@ METHODS = {
 def finetune(model, base, ids, mask, method, c, seed, opts, schedule=lambda step: 1.0):
     """Train `model` in place on ids, mask (N, T): yields (step, statistics) after each of c.steps
     updates. One loop for every method, and for pre-training; schedule(step) scales the rates."""
-    per_pass, per_epoch, epoch = c.old_every // c.passes or 1, len(ids) // c.batch_size or 1, None
+    per_pass, per_epoch, epoch = -(-c.old_every // c.passes), len(ids) // c.batch_size or 1, None
     for step in range(c.steps):
         refresh, i = divmod(step, c.old_every)
         if i == 0:    # every K updates the policy as it stands becomes the old policy
             old = copy.deepcopy(model).requires_grad_(False)
-        # The demonstrations of one refresh are passed c.passes times (paper 1: 3, paper 3: 1).
+        # Batches of one refresh, paper 3: 0 1 2 3 ...; passed twice with K = 4: 0 1 0 1, 2 3 2 3
         n = refresh * per_pass + i % per_pass                                # number of the batch
         if epoch != n // per_epoch:
             epoch = n // per_epoch

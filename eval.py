@@ -93,7 +93,7 @@ def restore_directions(W0, W1, k=None):
 def representation_drift(layers0, layers1):
     """Lists, one entry a layer, of the same n texts' mean hidden states (n, C) in two models.
     -> (PCA centroid distance, mean shift). The first is paper 1's code: project on the first two
-    principal components of layers0, average over texts, then over layers, where arbitrary signs may
+    principal components of layers0, average over texts, then layers, whose arbitrary signs may
     cancel. The second has no such fault: the mean over layers of || mean(h1) - mean(h0) ||."""
     points, shifts = [], []
     for h0, h1 in zip(layers0, layers1):

@@ -196,9 +196,9 @@ def muon(model, lr, adam_lr):
     return [torch.optim.Muon(blocks, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
-def update(model, opts, scale=1.0, max_norm=1.0):
-    """A step at scale times each rate after clipping the gradient norm; BadInput if not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+def update(model, opts, scale=1.0):
+    """A step at scale times each rate, the gradient norm cut to 1; BadInput if it is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if not norm.isfinite():
         raise BadInput(f"error: the gradient norm is {norm}: try a lower learning rate")
     for opt in opts:

@@ -286,12 +286,12 @@ def idea_figure(fig):
     ax, r = fig.subplots(), np.linspace(0.3, 2, 500)
     for name, weight, style in (("SFT", np.ones_like(r), "-"), ("DFT: the probability, here .2 r",
                                                                0.2 * r, "--"),
-                                ("clip: r, until 1.28", np.where(r <= 1.28, r, 0), "-"),
+                                ("clip = GRPO, A = 1", np.where(r <= 1.28, r, 0), "-"),
                                 ("GRPO, A = -1", np.where(r >= 0.8, -r, 0), ":")):
         ax.plot(r, weight, style, label=name, lw=2)
     ax.set(xlabel="r = probability now / at the last refresh", ylabel="weight on its gradient")
     ax.axvline(1, color="gray", lw=0.8)
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(loc="lower left", frameon=False, fontsize=8)
     ax.grid(alpha=0.25)
 
 def trade_figure(fig, rows):
@@ -304,7 +304,7 @@ def trade_figure(fig, rows):
                   for lv in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)}
         if points := {lv: v for lv, v in points.items() if v}:
             ev.draw(left, points, color, label=m, marker=".")
-    left.set(xlabel="ID accuracy first reached", ylabel="M, R, D, C at that checkpoint")
+    left.set(xlabel="ID accuracy first reached (matched ID)", ylabel="M, R, D, C", xlim=(0.65, 1))
     for m in ("sft", "clip"):
         before = ev.by_step([r for r in rows if r["step"] in STARTS], m, "ood")
         ev.draw(right, before, colors[m], ls="--", label=f"{m}, before RL")

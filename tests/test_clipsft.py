@@ -280,7 +280,8 @@ def test_a_run_and_what_may_be_added_to_it(quick, tmp_path, monkeypatch, capsys)
     assert mine > 1.5 * cells[SFT][0]["loss"] and quick[-1] == "finetune mine"
     del before[out / "config.json"]                # the new flag was added to it
     assert json.loads((out / "config.json").read_text())["power"] == 2
-    for line in ("--lr 2e-2", "--power 3", "--rl_from 3", "--n_embd 8", "--aggregate constant", "--eval_n 32"):
+    for line in ("--lr 2e-2", "--power 3", "--rl_from 3", "--n_embd 8", "--aggregate constant",
+                 "--eval_n 32"):
         with pytest.raises(BadInput, match=f"^error: .*another {line.split()[0]} .*now .*$"):
             go(out, *line.split())
     assert quick[-1] == "finetune mine" and before.items() <= stamps(out).items()

@@ -136,7 +136,7 @@ def test_update_clips_the_gradient_norm_and_refuses_what_is_not_finite(tiny):
         with pytest.raises(BadInput, match=f"norm is {bad}"):
             descend(tiny, sgd, bad)
         assert all(torch.equal(before[k], w) for k, w in tiny.state_dict().items())
-    for length, args in ((1.0, ()), (0.4, (0.4,)), (0.06, (0.2, 0.3))):    # scale, longest norm
+    for length, args in ((1.0, ()), (0.4, (0.4,))):    # scale
         moved = sum((a - b).pow(2).sum() for a, b in descend(tiny, sgd, 100.0, *args)).sqrt()
         assert moved.item() == pytest.approx(0.5 * length, rel=1e-3)
     for a, b in descend(tiny, sgd, 1e-5):                                 # short enough: unclipped

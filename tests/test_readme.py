@@ -75,7 +75,7 @@ def test_files_flags_and_methods_named_exist():
         assert clipsft.variant(text, c)[0] in clipsft.METHODS
 
 def test_the_new_loss_of_the_readme_runs():
-    block = re.search(r"```python\n(def sqrt_loss.*?)\nMETHODS", README, re.S).group(1)
+    block = re.search(r"```python\n(def sqrt_loss.*?)\n\n", README, re.S).group(1)
     exec(block, space := {})
     logp = torch.tensor([-2.0], requires_grad=True)
     space["sqrt_loss"](logp).backward()
