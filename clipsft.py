@@ -125,12 +125,14 @@ def pretrain(c, seed):
 
 def skipped(base, ids, mask, c, seed):
     """Paper 1's ablation: mask without tokens of base p < .1 (low), or without as many random."""
+    if c.skip == "none":
+        return mask
     m = mask[:, 1:]
     low = m & (response_logprobs(base, ids, mask) < math.log(0.1))           # (N, T-1)
     noise = torch.rand(m.shape, generator=generator("cpu", seed, "noise")).to(m.device)
     by_noise = noise.masked_fill(~m, math.inf).flatten().argsort()
     some = torch.zeros_like(m).flatten().index_fill(0, by_noise[:low.sum()], True).view_as(m)
-    return torch.cat([mask[:, :1], m & ~dict(none=~m, low=low, random=some)[c.skip]], 1)
+    return torch.cat([mask[:, :1], m & ~dict(low=low, random=some)[c.skip]], 1)
 
 # ================================================================= below: what it takes to run this
 @dataclass
@@ -171,7 +173,7 @@ PRESETS = {
     "gpu": dict(n_layer=6, n_head=6, n_embd=384, base_steps=800, base_lr=3e-3, base_adam_lr=2e-3,
                 base_batch=256, base_docs=100000, lr=1e-4, rl_lr=3e-5, device="cuda"),
 }
-EVAL_STEPS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 200, 300, 600)    # and the last
+EVAL_STEPS = (4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 200, 300, 600)    # and the last
 
 def variant(text, c):
     """'clip:eps_high=0.4,lr=1e-4' -> ('clip', c with these settings)."""
@@ -196,9 +198,9 @@ def load(c, seed, *name):
 
 def base_cell(c, seed):
     """Pre-train the base, or take it from beside the run folder, named by all it depends on."""
-    of_base = ("n_", "base_", "device", "dtype", "grad_accum")
-    key = [seed, *(v for k, v in vars(c).items() if k.startswith(of_base)), *map(
-        inspect.getsource, (data, gpt, masked_mean, micro_batches, Batch, finetune, pretrain))]
+    key = [seed, *(v for k, v in vars(c).items() if k.startswith(
+        ("n_", "base_", "device", "dtype", "grad_accum"))), *map(inspect.getsource, (
+            data, gpt, masked_mean, micro_batches, Batch, finetune, pretrain))]
     cached = Path(c.out_dir).parent / f"base-{zlib.crc32(repr(key).encode())}.pt"
     if not cached.exists():
         save_checkpoint(cached, pretrain(c, seed))

@@ -6,9 +6,9 @@ adds up tersely under S, A, T, by running totals; under E, X, G it explains:
     S 11 12 13 : 7 K 3 J >   7 20 23 34 <eos>
     E 11 12 13 : 7 K 3 J >   7 + 13 = 20 , 20 + 3 = 23 , 23 + 11 = 34 # 34 <eos>
 
-The expert explains S too, largest card first. Fine-tuning (SFT) and RL see S alone, under the
-in-distribution (ID) rule J=Q=K=10; out of distribution (OOD) they are 11, 12, 13 (GeneralPoints of
-arXiv 2509.12235 in miniature). A cold start: the base never explains S, so RL has nothing to reward
+The expert explains S too, largest card first. Fine-tuning (SFT) and RL see S alone, in distribution
+(ID): J=Q=K=10 or J=Q=K=14; out of distribution (OOD) they are 11, 12, 13 (GeneralPoints of
+2509.12235 in miniature). A cold start: the base never explains S, so RL has nothing to reward
 without SFT. E and M, R, D, C, never trained again, are the prior abilities that may be forgotten.
 """
 import random
@@ -48,7 +48,7 @@ def decode(ids):
     """Token ids -> text, words separated by one space; specials are shown as <eos>, <pad>."""
     return _enc.decode(ids)[1:]
 
-ID_RULE, OOD_RULE = (10, 10, 10), (11, 12, 13)
+ID_RULES, OOD_RULE = ((10,) * 3, (14,) * 3), (11, 12, 13)    # two: some bases tie a style to one
 
 class Problem(NamedTuple):
     op: str        # a letter of OPS
@@ -69,17 +69,17 @@ def fingerprint(words):
     return zlib.crc32(" ".join(sorted(words)).encode())
 
 def split_of(hand):
-    """'eval', 'rl' or 'train', by what the cards are worth under the ID rule, in any order: 7 J 3 K
-    and 3 10 7 Q have the same sums, so no evaluation hand has those of a hand in training."""
+    """'eval', 'rl' or 'train', by what the cards are worth if J=Q=K=10, in any order: 7 J 3 K and
+    3 10 7 Q have the same sums then, so no evaluation hand has those of a hand in training."""
     h = fingerprint("10" if c in FACES else c for c in hand) % 10
     return "eval" if h < 3 else "rl" if h < 5 else "train"
 
-def draw(rng, split, op="S", rule=None):
-    """A random problem of a split with at least one face card; rule None: worths from 10..19."""
+def draw(rng, split, op="S", rules=None):
+    """A random problem of a split with a face card, under one of rules, or any of 10..19."""
     while True:
         hand = tuple(rng.choices(DECK, k=4))
         if not set(hand).isdisjoint(FACES) and split_of(hand) == split:
-            return Problem(op, rule or tuple(rng.choices(range(10, 20), k=3)), hand)
+            return Problem(op, tuple(rng.choice(rules or [rng.choices(range(10, 20), k=3)])), hand)
 
 def terse(values):
     """Running totals, left to right. [7, 10, 3] -> '7 17 20'"""
@@ -156,21 +156,21 @@ def batch(pairs):
     return ids, (start <= t) & (t < end)
 
 def demonstrations(n, seed, split="train", p_word=0.3):
-    """The expert's data, n problems of a split under the ID rule. -> ids (n, T), mask (n, T)."""
+    """The expert's data, n problems of a split under the ID rules. -> ids (n, T), mask (n, T)."""
     rng = random.Random(f"{seed}/demonstrations")
-    problems = [draw(rng, split, rule=ID_RULE) for _ in range(n)]
+    problems = [draw(rng, split, rules=ID_RULES) for _ in range(n)]
     return batch([(p.prompt, expert(p, rng, p_word)) for p in problems])
 
 def main():
     """Problems of every kind, each with its tokens over their mask: 1 is trained, 0 is not."""
     rng = random.Random(0)
-    shown = [("expert demonstration, ID rule", "S", ID_RULE, lambda p: expert(p, rng)),
-             ("the same style, OOD rule (only evaluated)", "S", OOD_RULE, lambda p: expert(p, rng)),
+    shown = [("expert demonstration, an ID rule", "S", ID_RULES, lambda p: expert(p, rng)),
+             ("the same, OOD rule (only evaluated)", "S", [OOD_RULE], lambda p: expert(p, rng)),
              ("the base, terse", "S", None, lambda p: terse(p.values)),
              ("the base, explained", "E", None, lambda p: chain(p.values))]
     shown += [(f"the base, {op}", op, None, truth) for op in "MRDC"]
-    for title, op, rule, answer in shown:
-        problem = draw(rng, "train", op, rule)
+    for title, op, rules, answer in shown:
+        problem = draw(rng, "train", op, rules)
         ids, mask = batch([(problem.prompt, answer(problem))])
         print(f"\n{title}")
         for row in map(decode, ids.T.tolist()), ids[0].tolist(), mask[0].long().tolist():

@@ -31,7 +31,7 @@ def eval_sets(n):
     """The fixed held-out problems, n of each: 'id' and 'ood', the same hands under the two rules;
     'explained', the same as ood, asked by E; 'prior', M, R, D and C under random rules."""
     rng = random.Random("eval")
-    problems = [data.draw(rng, "eval", rule=data.ID_RULE) for _ in range(n)]
+    problems = [data.draw(rng, "eval", rules=data.ID_RULES) for _ in range(n)]
     ood = [p._replace(rule=data.OOD_RULE) for p in problems]
     return dict(id=problems, ood=ood, explained=[p._replace(op="E") for p in ood],
                 prior=[data.draw(rng, "eval", "MRDC"[i % 4]) for i in range(n)])
@@ -218,17 +218,15 @@ def by_step(rows, method, key, stage="sft"):
 
 def summary_figure(fig, rows):
     """ID, OOD and prior abilities over SFT updates; arrows: what RL makes of a checkpoint."""
-    panels = (("id", "id", "ID: S, J = Q = K = 10"),
-              ("ood", "ood_any", "OOD: S, J, Q, K = 11, 12, 13\n(dashed: in any format)"),
-              ("prior", "explained", "prior abilities: M, R, D, C\n(dashed: E, OOD)"))
+    panels = (("id", "ID: J = Q = K = 10 or 14"), ("ood", "OOD: J, Q, K = 11, 12, 13"),
+              ("prior", "prior abilities: M, R, D, C"))
     axes = fig.subplots(1, 3, sharey=True)
-    for ax, (key, dashed, title) in zip(axes, panels):
+    for ax, (key, title) in zip(axes, panels):
         for m, color, shift in (("base", "black", 1), ("sft", "#d1495b", 0.96),
                                 ("clip", "#2e86ab", 1.04)):
             points = by_step(rows, m, key)
             if m != "base":
                 draw(ax, points, color, label=m, marker=".")
-                draw(ax, by_step(rows, m, dashed), color, ls="--", lw=1)
             for s, ends in by_step(rows, m, key, "rl").items():
                 ax.annotate("", (s * shift, mean(ends)), (s * shift, mean(points[s])),
                             arrowprops=dict(arrowstyle="-|>", color=color))

@@ -78,7 +78,7 @@ class RLConfig:
     temperature: float = arg(1.0, "of sampling and of scoring alike", gt=0)
     aggregate: str = arg("token", "mean, see masked_mean", ("token", "sequence", "constant"))
     grad_accum: int = arg(1, "micro-batches an update, for memory; same gradient", gt=0)
-    eval_n: int = arg(500, "held-out problems of each kind", ge=16)
+    eval_n: int = arg(400, "held-out problems of each kind", ge=16)
     seed: int = arg(0, "first random seed", ge=0)
     device: str = arg("cpu", "runs on", ("cpu", "cuda"))
 
@@ -86,7 +86,7 @@ def rollout(model, c, step, seed):
     """Sample c.rl_group responses to c.rl_prompts fresh ID problems of the rl split.
     -> ids (B, T), mask (B, T) True at sampled tokens, rewards (P, G), truncated fraction."""
     rng = random.Random(f"{seed}/rl/{step}")
-    problems = [data.draw(rng, "rl", rule=data.ID_RULE) for _ in range(c.rl_prompts)]
+    problems = [data.draw(rng, "rl", rules=data.ID_RULES) for _ in range(c.rl_prompts)]
     noise = generator(next(model.parameters()).device, seed, "rollout", step)
     texts, ids, mask = respond(model, problems, c.rl_group, c.temperature, noise)
     rewards = torch.tensor([float(data.verify(problems[i // c.rl_group], text).strict)

@@ -35,8 +35,8 @@ def test_a_word_outside_the_vocabulary_is_named():
 
 def test_values_and_prompt_by_hand():
     assert HAND.values == [7, 13, 3, 11] and HAND.prompt == "S 11 12 13 : 7 K 3 J >"
-    assert Problem("E", data.ID_RULE, ("10", "Q", "2", "J")).values == [10, 10, 2, 10]
-    assert (data.ID_RULE, data.OOD_RULE) == ((10, 10, 10), (11, 12, 13))
+    assert Problem("E", data.ID_RULES[1], ("10", "Q", "2", "J")).values == [10, 14, 2, 14]
+    assert data.ID_RULES == ((10, 10, 10), (14, 14, 14)) and data.OOD_RULE == (11, 12, 13)
 
 def test_a_split_belongs_to_the_id_values_three_two_and_five_tenths_of_them():
     hands = [h for h in itertools.product(data.DECK, repeat=4) if set(h) & {*"JQK"}]
@@ -58,8 +58,10 @@ def test_what_is_trained_never_meets_what_is_evaluated():
 
 def test_a_draw_has_a_face_card_and_keeps_its_rule_and_letter():
     rng = random.Random(0)
-    fixed = [data.draw(rng, "rl", "M", (1, 2, 3)) for _ in range(300)]
-    assert all(p[:2] == ("M", (1, 2, 3)) and len(p.hand) == 4 for p in fixed)
+    fixed = [data.draw(rng, "rl", "M", ((1, 2, 3), (4, 5, 6))) for _ in range(300)]
+    assert all(p.op == "M" and len(p.hand) == 4 for p in fixed)
+    rules = Counter(p.rule for p in fixed)
+    assert set(rules) == {(1, 2, 3), (4, 5, 6)} and min(rules.values()) > 110
     assert all(set(p.hand) & set("JQK") for p in fixed)
     assert {c for p in fixed for c in p.hand} == {*"23456789JQK", "10"}
     free = [data.draw(rng, "train") for _ in range(300)]
@@ -100,15 +102,19 @@ def test_the_base_explains_e_x_g_always_and_s_a_t_never():
         [0.5 + 0.4 / 24, 0.1 + 0.4 / 24, 0.4 * 22 / 24], abs=0.035)
     assert abs(words[True] / (3 * (ops["E"] + ops["X"] + ops["G"])) - 0.03) < 0.01
 
-def test_demonstrations_are_the_experts_under_the_id_rule():
+def test_demonstrations_are_the_experts_under_the_id_rules():
     ids, mask = data.demonstrations(300, 3)
     assert torch.equal(ids, data.demonstrations(300, 3)[0])
     assert not torch.equal(ids[:, :10], data.demonstrations(300, 4)[0][:, :10])
+    rules = Counter()
     for row, m in zip(ids, mask):
         prompt = data.decode(row[:10].tolist()).split()
-        said, p = data.decode(row[m][:-1].tolist()), Problem("S", (10, 10, 10), tuple(prompt[5:9]))
+        said, rule = data.decode(row[m][:-1].tolist()), tuple(map(int, prompt[1:4]))
+        rules[rule] += 1
+        p = Problem("S", rule, tuple(prompt[5:9]))
         assert p.prompt == " ".join(prompt) and verify(p, said).strict
         assert order_of(said) == sorted(p.values, reverse=True)
+    assert set(rules) == {(10,) * 3, (14,) * 3} and min(rules.values()) > 110
     for kw, rate in (({}, 0.3), (dict(p_word=0.0), 0.0), (dict(p_word=0.6), 0.6)):
         words = sum(data.WORDS[t] in data.CONNECTIVES
                     for row in data.demonstrations(300, 3, **kw)[0] for t in row if t < 127)

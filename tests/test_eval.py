@@ -119,9 +119,10 @@ def test_respond_gives_each_problem_n_texts_without_eos(tiny):
 
 def test_eval_sets_are_fixed_and_ask_the_same_hands_under_two_rules():
     sets = ev.eval_sets(40)
+    assert {p.rule for p in sets["id"]} == {(10, 10, 10), (14, 14, 14)}
     for a, b, c in zip(sets["id"], sets["ood"], sets["explained"]):
         assert a.hand == b.hand == c.hand and (a.op, b.op, c.op) == ("S", "S", "E")
-        assert (a.rule, b.rule, c.rule) == ((10, 10, 10), (11, 12, 13), (11, 12, 13))
+        assert b.rule == c.rule == (11, 12, 13)
     assert "".join(p.op for p in sets["prior"]) == "MRDC" * 10 and len(sets["ood"]) == 40
     assert len({p.rule for p in sets["prior"]}) > 20
     assert all(data.split_of(p.hand) == "eval" for s in sets.values() for p in s)
@@ -130,7 +131,7 @@ def test_eval_sets_are_fixed_and_ask_the_same_hands_under_two_rules():
 
 def scripted(p, i):    # the answer of a made-up model to problem i of its set; None: never ends
     right, terse = data.chain(p.values), data.terse(p.values)
-    if p.rule == data.ID_RULE:       # all right, terse, the wrong total, cut off
+    if p.rule in data.ID_RULES:       # all right, terse, the wrong total, cut off
         return [right, terse, right[:-1], None][i % 4]
     half = zlib.crc32(" ".join(sorted(p.hand)).encode()) % 2
     return dict(M=str(max(p.values)), E=terse, S=terse if half else right).get(p.op, "0")

@@ -92,7 +92,7 @@ def test_rollout_draws_from_the_rl_split_and_counts_what_was_cut(tiny, monkeypat
     ids, mask, rewards, truncated = rl.rollout(tiny, C, 3, 1)
     problems, won = [p for p, _ in seen[::4]], [float("2" in text) for _, text in seen]
     assert [p for p, _ in seen] == [p for p in problems for _ in range(4)] and len({*problems}) == 4
-    assert all(data.split_of(p.hand) == "rl" and p.rule == data.ID_RULE for p in problems)
+    assert all(data.split_of(p.hand) == "rl" and p.rule in data.ID_RULES for p in problems)
     assert rewards.shape == (4, 4) and rewards.flatten().tolist() == won and 0 < sum(won) < 16
     said = [row[m].tolist() for row, m in zip(ids, mask)]
     assert [data.decode([t for t in s if t != data.EOS]) for s in said] == [t for _, t in seen]
