@@ -90,8 +90,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def autocast(self):
-        """bfloat16 for one forward pass, never around an update: autocast keeps its copies of the
-        weights until the region ends."""
+        """bfloat16 for a forward pass or a generate, never around an update: autocast keeps its
+        copies of the weights until its region ends (in inference mode it keeps none)."""
         return torch.autocast(self.lm_head.weight.device.type, torch.bfloat16,
                               enabled=self.config.bf16)
 
@@ -121,7 +121,7 @@ class GPT(nn.Module):
         ids[:, :P] = prompts.repeat_interleave(n, 0)
         live = torch.arange(len(ids), device=dev)                            # rows still decoding
         done = torch.zeros_like(live, dtype=torch.bool)
-        with torch.inference_mode(), self.autocast():    # less overhead an operation than no_grad
+        with torch.inference_mode(not c.bf16), torch.no_grad(), self.autocast():    # see autocast
             shape = (2, len(prompts), c.n_head, S, c.n_embd // c.n_head)
             dtype = torch.bfloat16 if c.bf16 else torch.float32
             cache = [torch.empty(shape, device=dev, dtype=dtype) for _ in range(c.n_layer)]

@@ -3,12 +3,14 @@ import copy
 import math
 import os
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import gpt2, oracle
 from torch.distributions import Categorical, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model as M
@@ -113,6 +115,22 @@ def test_bfloat16_is_near_float32_and_every_parameter_learns(tiny):
         half(ids)
     M.response_logprobs(half, ids, mask).sum().backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in half.parameters())
+
+def test_in_bfloat16_generate_casts_each_weight_once(tiny):
+    """Weights are known by their places in memory; the embeddings are looked up, the head cast."""
+    at, casts = {p.data_ptr(): name for name, p in tiny.named_parameters()}, Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.aten._to_copy.default:
+                casts[at.get(args[0].data_ptr(), "else")] += 1
+            return op(*args, **(kwargs or {}))
+    tiny.config.bf16 = True
+    with Watch():
+        out, _ = tiny.generate(prompts(), 8, -1, data.PAD)
+    assert not out.is_inference() and casts.pop("else") > 8
+    names = {n for n in at.values() if "ln_" not in n and "wpe" not in n}
+    assert casts == dict.fromkeys(names, 1)
 
 @pytest.mark.parametrize("T", [1.0, 1.3])
 def test_bfloat16_logits_are_scored_in_float32(tiny, T):
