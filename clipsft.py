@@ -211,7 +211,6 @@ def base_cell(c, seed):
 
 def sft_cell(c, seed, text):
     """Fine-tune a copy of the base by one method; keep the checkpoints that RL starts from."""
-    starts = c.rl_from if text in c.rl_methods else []
     method, c = variant(text, c)
     base = load(c, seed, "base").requires_grad_(False)
     ids, mask = (t.to(c.device) for t in data.demonstrations(c.demos, seed, p_word=c.p_word))
@@ -220,9 +219,9 @@ def sft_cell(c, seed, text):
     steps = finetune(model, base, ids, mask, method, c, seed, adamw(model, c.lr))
     for step, stats in progress(steps, c.steps, f"seed {seed} {text}"):
         recent.append(stats)
-        if step in starts:
+        if text in c.rl_methods and step in c.rl_from:
             save_checkpoint(file(c, "ckpt", f"s{seed}", text, f"{step}.pt"), model)
-        if step in (*EVAL_STEPS, *starts, c.steps):
+        if step in (*EVAL_STEPS, *c.rl_from, c.steps):
             rows.append(dict(seed=seed, method=text, stage="sft", step=step)
                         | ev.evaluate(model, base, c.eval_n) | ev.average(recent))
             recent = []

@@ -90,10 +90,19 @@ def test_effects_and_verdicts_are_those_of_the_study():
         assert (effect, half, verdict) == (f"{r['effect']:+.3f}", f"{r['half']:.3f}",
                                            r["verdict"]), id
 
+def test_the_count_of_verdicts_and_the_names_of_the_contrary_ones():
+    by = {v: [id for id, r in FOUND.items() if r["verdict"] == v] for v in (
+        "holds", "opposite", "no difference", "undecided")}
+    said = re.search(r"Of (\d+) claims (\d+) hold, (\d+) come out opposite \((.*?)\),\s+(\d+) show "
+                     r"no difference, (\d+) is undecided \((.*?)\)", README, re.S).groups()
+    assert [int(said[i]) for i in (0, 1, 2, 4, 5)] == [len(FOUND), *map(len, by.values())]
+    for names, kind in ((said[3], "opposite"), (said[6], "undecided")):
+        assert set(re.findall(r"`(.*?)`", names)) == set(by[kind])
+
 def test_verdicts_follow_from_their_intervals():
     for r in FOUND.values():
         low, high = (r["effect"] + s * r["half"] - r.get("atleast", 0) for s in (-1, 1))
-        margin = r.get("margin", 0.02)
+        margin = r.get("margin", 0.03)
         assert r["verdict"] == ("undecided" if r["n"] < 3 else "holds" if low > 0 else
                                 "opposite" if high < 0 else "no difference"
                                 if max(-low, high) < margin else "undecided"), r["id"]
