@@ -326,5 +326,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
         sys.exit(130)

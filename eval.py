@@ -196,7 +196,7 @@ def compare(rows):
             if pairs and m not in (ref, "sft"):
                 ci = [interval([a[k] - b[k] for a, b in pairs]) for k in keys]
                 lines.append(f"{m} - {ref}, {where}".ljust(43) + f"{len(pairs):4d}" + "".join(
-                    f"{d:+8.3f} +-{half:5.3f}" for d, half in ci))
+                    f"{d:+8.3f} +-{half:5.3f}" for d, half in ci).replace("+-  inf", " " * 7))
     head = "paired differences, mean +- 95 %".ljust(43) + "   n" + "".join(
         f"{COLUMNS[k]:>15}" for k in keys)
     return "\n".join(["", head, *lines] if lines else [])
@@ -217,13 +217,14 @@ def by_step(rows, method, key, stage="sft"):
     return out
 
 def summary_figure(fig, rows):
-    """ID, OOD and prior abilities over SFT updates; arrows: what RL makes of a checkpoint."""
+    """ID, OOD, M R D C over SFT updates, of four methods at most, else sft and clip; arrows: RL."""
     panels = (("id", "ID: J = Q = K = 10 or 14"), ("ood", "OOD: J, Q, K = 11, 12, 13"),
               ("prior", "prior abilities: M, R, D, C"))
-    axes = fig.subplots(1, 3, sharey=True)
+    axes, found = fig.subplots(1, 3, sharey=True), [*curves_of(rows)]
+    names = ["base", *(found if len(found) < 5 else ["sft", "clip"])]
+    colors = ("black", "#d1495b", "#2e86ab", "#66a182", "#edae49")
     for ax, (key, title) in zip(axes, panels):
-        for m, color, shift in (("base", "black", 1), ("sft", "#d1495b", 0.96),
-                                ("clip", "#2e86ab", 1.04)):
+        for m, color, shift in zip(names, colors, (1, 0.96, 1.04, 0.92, 1.08)):
             points = by_step(rows, m, key)
             if m != "base":
                 draw(ax, points, color, label=m, marker=".")

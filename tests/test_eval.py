@@ -224,9 +224,9 @@ def test_compare_by_hand():
     # clip - sft: OOD .2 and .6 at the end; at the level .1, and 1.0 - .6; s / sqrt 2 .2 and .15
     for name, numbers in {f"clip - sft, {end}": "2 +0.400 2.541" + " +0.000 0.000" * 3,
                           f"clip - sft, {level}": "2 +0.250 1.906 +0.000 0.000 +0.000 0.000 +0.000 "
-                          "1.271", f"kl - sft, {end}": "1 +0.100 inf" + " +0.000 inf" * 3}.items():
+                          "1.271", f"kl - sft, {end}": "1 +0.100" + " +0.000" * 3}.items():
         assert got.pop(name) == numbers.split()
-    assert [(*v[:2], v[-2]) for v in got.values()] == [
+    assert [(*v[:2], v[-1]) for v in got.values()] == [
         ("1", "-0.100", "+0.000"), ("1", "+0.050", "-0.050"), ("1", "-0.050", "+0.050")]
     sft_alone = [r | dict(id=r["id"] * (r["method"] == "sft")) for r in rows]
     assert level not in ev.compare(sft_alone) and not ev.compare(rows[:2])
@@ -275,3 +275,15 @@ def test_a_broken_matplotlib_costs_only_the_figure(tmp_path, monkeypatch, capsys
     ev.report(folder(tmp_path / "run", made_up()))
     assert f"matplotlib does not work here ({error}('numpy'))" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cells", "metrics.jsonl"]
+
+def test_the_figure_draws_up_to_four_methods_and_of_more_sft_and_clip():
+    figure = pytest.importorskip("matplotlib.figure")
+    for names, drawn in (("sft sqrt", "sft sqrt"), ("sft clip a b", "sft clip a b"),
+                         ("sft clip a b c", "sft clip"), ("own", "own")):
+        rows = [dict(seed=0, method="base", stage="base", step=0, id=0.0, ood=0.0, prior=1.0)]
+        rows += [dict(rows[0], method=m, stage="sft", step=n, id=n / 9, ood=0.5)
+                 for m in names.split() for n in (4, 8)]
+        ev.summary_figure(fig := figure.Figure(), rows)
+        lines = fig.axes[0].get_lines()
+        assert [x.get_label() for x in lines] == drawn.split()
+        assert lines[0].get_ydata().tolist() == pytest.approx([0, 4 / 9, 8 / 9])
