@@ -332,6 +332,8 @@ def test_steps_that_are_measured_and_the_means_between(quick, tmp_path, monkeypa
     assert cells["s1-sft-12-rl_cell.json"][0]["reward"] == 10.5      # the last ten of 15
     assert masks[:3] == [(("none", 1),), (("low", 1),), (("none", 1),)]
     assert given.call_args_list.count(call(10, 1, p_word=0.6)) == 3
+    assert {p.name for p in (tmp_path / "r" / "ckpt").iterdir()} == {    # RL asks for these
+        f"s1-{x}.pt" for x in ("base", "base-rl", "sft-3", "sft-12", "sft-3-rl", "sft-12-rl")}
 
 def test_a_new_loss(quick, tmp_path, monkeypatch):
     for loss, flags, error, said in (
