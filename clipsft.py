@@ -131,8 +131,8 @@ def skipped(base, ids, mask, c, seed):
     low = m & (response_logprobs(base, ids, mask) < math.log(0.1))           # (N, T-1)
     noise = torch.rand(m.shape, generator=generator("cpu", seed, "noise")).to(m.device)
     by_noise = noise.masked_fill(~m, math.inf).flatten().argsort()
-    some = torch.zeros_like(m).flatten().index_fill(0, by_noise[:low.sum()], True).view_as(m)
-    return torch.cat([mask[:, :1], m & ~dict(low=low, random=some)[c.skip]], 1)
+    some = by_noise.argsort().view_as(m) < low.sum()    # the rank of each
+    return torch.cat([mask[:, :1], m & ~(low if c.skip == "low" else some)], 1)
 
 # ================================================================= below: what it takes to run this
 @dataclass

@@ -217,11 +217,10 @@ def by_step(rows, method, key, stage="sft"):
     return out
 
 def summary_figure(fig, rows):
-    """ID, OOD, M R D C over SFT updates, of four methods at most, else sft and clip; arrows: RL."""
+    """ID, OOD and prior abilities over SFT updates, of the first four methods; arrows: RL."""
     panels = (("id", "ID: J = Q = K = 10 or 14"), ("ood", "OOD: J, Q, K = 11, 12, 13"),
               ("prior", "prior abilities: M, R, D, C"))
-    axes, found = fig.subplots(1, 3, sharey=True), [*curves_of(rows)]
-    names = ["base", *(found if len(found) < 5 else ["sft", "clip"])]
+    axes, names = fig.subplots(1, 3, sharey=True), ["base", *curves_of(rows)]
     colors = ("black", "#d1495b", "#2e86ab", "#66a182", "#edae49")
     for ax, (key, title) in zip(axes, panels):
         for m, color, shift in zip(names, colors, (1, 0.96, 1.04, 0.92, 1.08)):

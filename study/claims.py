@@ -328,12 +328,11 @@ def main():
         done = subprocess.run([sys.executable, here.parent / "clipsft.py", "--out_dir", run,
                                "--seed", str(args.seed), "--seeds", str(seeds), "--rl_from",
                                *map(str, STARTS), "--methods", *methods, *args.flags])
-        if done.returncode:
-            sys.exit(done.returncode)
+        done.returncode and sys.exit(done.returncode)
     rows = ev.read_rows(run)
     seeds = sorted({r["seed"] for r in rows})
     todo = [s for s in seeds if not (run / f"measure-{s}.json").exists()]
-    with ProcessPoolExecutor(min(2, len(todo) or 1), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for s, row in zip(todo, pool.map(measure, [args.run] * len(todo), todo)):
             with atomic(run / f"measure-{s}.json") as tmp:
                 tmp.write_text(json.dumps(row))
@@ -342,7 +341,8 @@ def main():
         with atomic(here / name) as tmp:
             tmp.write_text(content, encoding="utf-8")
     print(text)
-    ev.save_figure(here / "summary.png", ev.summary_figure, rows)
+    both = [r for r in rows if r["method"] in ("base", "sft", "clip")]
+    ev.save_figure(here / "summary.png", ev.summary_figure, both)
     ev.save_figure(here / "trade.png", trade_figure, rows)
     ev.save_figure(here / "idea.png", idea_figure, size=(5, 3.4))
 
