@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import data
-from model import BadInput, atomic, generator, kl_exact, response_logits, token_logprobs
+from model import (BadInput, atomic, generator, kl_exact, response_logits, response_logprobs,
+                   token_logprobs)
 
 @torch.no_grad()
 def respond(model, problems, n=1, temperature=0.0, noise=None):
@@ -107,7 +108,7 @@ def gradient_norm_by_probability(model, ids, mask, per_bin=20):
     response tokens of ids, mask (B, T), by their probability in ten bins, [0, .1) first; with a
     clean gradient for each token (its code subtracts accumulated norms).
     -> list of ten (tokens in the bin, mean norm of up to per_bin of them; nan without any)."""
-    p = token_logprobs(response_logits(model, ids, mask), ids[:, 1:][mask[:, 1:]]).exp().detach()
+    p = response_logprobs(model, ids, mask)[mask[:, 1:]].exp().detach()
     where, bins, out = mask[:, 1:].nonzero(), (p * 10).long().clamp(max=9), []
     for b in range(10):
         mine = (bins == b).nonzero()[:, 0].cpu()

@@ -43,10 +43,10 @@ class Attention(nn.Module):
         if cache is not None:
             cache[:, :, :, start:start + T] = qkv[1:]
             k, v = cache[:, :, :, :start + T]
-        if start == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, H, T, D)
-        else:    # one query a row: two plain products beat the fused kernel
-            y = (q / math.sqrt(q.shape[3]) @ k.transpose(2, 3)).softmax(-1) @ v
+        if start == 0 or x.is_cuda:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)    # (B, H, T, D)
+        else:    # on the CPU, one query a row: two plain products beat the fused kernel
+            y = (q / q.shape[3] ** 0.5 @ k.mT).softmax(-1) @ v
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
@@ -153,8 +153,8 @@ class GPT(nn.Module):
 def token_logprobs(logits, targets):
     """log pi(target): logits (..., V) of any dtype, targets (...) -> (...) float32, for bfloat16
     near log p = -5 has steps of .03: it would drown a ratio of 1.28, whose log is .25."""
-    logits = logits.float()
-    return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    z, y = logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1)     # (N, V), (N,)
+    return -torch.nn.functional.cross_entropy(z, y, reduction="none").view_as(targets)
 
 def kl_exact(logits, ref_logits):
     """KL(pi || ref) per position over the whole vocabulary: (..., V), (..., V) -> (...), nats."""
@@ -171,9 +171,9 @@ def response_logits(model, ids, mask):
 def response_logprobs(model, ids, mask, temperature=1.0):
     """log pi of each response token: ids, mask (B, T) -> (B, T-1) float32, 0 outside the mask."""
     m = mask[:, 1:]
-    logits = response_logits(model, ids, mask).float() / temperature         # (N, V)
+    logits = response_logits(model, ids, mask).float().div_(temperature)     # (N, V)
     logp = token_logprobs(logits, ids[:, 1:][m])                             # (N,)
-    return torch.zeros(m.shape, device=ids.device).masked_scatter(m, logp)
+    return logp.new_zeros(m.shape).masked_scatter(m, logp)
 
 def trim(ids, mask):
     """Drop the columns behind the longest row of ids, mask (B, T)."""

@@ -48,17 +48,17 @@ ids, mask = data.batch([(p.prompt, r) for p, r in docs]) if cards else (
 ids, mask = ids.to(c.device), mask.to(c.device)
 prompts, target = ids[:1, :P].repeat(c.decode // 8, 1), torch.where(mask, ids, -1).roll(-1, 1)
 compiled = torch.compile if c.compile else lambda f: f
-every = compiled(lambda ids: gpt.token_logprobs(model(ids)[:, :-1], ids[:, 1:]))
+every = compiled(lambda ids: gpt.token_logprobs(model(ids), ids.roll(-1, 1))[:, :-1])
 
 def here():    # as clipsft.py: short rows together, logits only where a loss needs them
-    for rows, share in rl.micro_batches(mask, "token", 1 if cuda else 2):
+    for rows, share in rl.micro_batches(mask, "token", 2 if cards and not cuda else 1):
         x, m = gpt.trim(ids[rows], mask[rows])
         logp = every(x) if c.compile else gpt.response_logprobs(model, x, m)
         (-share * rl.masked_mean(logp, m[:, 1:])).backward()
     gpt.update(model, opts)
 
-def usual(net, loss):    # what one would write first: padded rows, all logits, plain AdamW
-    loss, usual_opts = compiled(loss), [torch.optim.AdamW(net.parameters(), 1e-4)]
+def usual(net, loss):    # what one would write first: padded rows, all logits; AdamW as nanoGPT's
+    loss, usual_opts = compiled(loss), [torch.optim.AdamW(net.parameters(), 1e-4, fused=cuda)]
     return lambda: (loss().backward(), gpt.update(net, usual_opts))
 
 def nanogpt():
