@@ -1,0 +1,94 @@
+"""No tensor meets one of another device. Without a GPU: CPU tensors, some marked as on CUDA."""
+import contextlib
+import json
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import clipsft
+
+FREE = ("copy_", "__set__", "_has_compatible_shallow_copy_type")    # may see both: moves
+
+def cuda(device):
+    return torch.device(device).type == "cuda"
+
+def tensors(x):
+    if isinstance(x, (list, tuple)):
+        return [t for y in x for t in tensors(y)]
+    return [x] if isinstance(x, torch.Tensor) and x.numel() else []
+
+class Generator(torch.Generator):
+    def __new__(cls, device):
+        return super().__new__(cls, "cpu")
+
+    def __init__(self, device):
+        self.cuda = cuda(device)
+
+class TwoDevices(TorchFunctionMode):
+    """Marked are storages, so a view, a parameter and its data agree; they are kept alive, so that
+    no address is ever given to another. What an operation returns is where its inputs are."""
+    marked = {}
+
+    def mark(self, out):
+        for t in tensors(out):
+            self.marked[t.data_ptr()] = self.marked[t.untyped_storage().data_ptr()] = t.detach()
+
+    def is_marked(self, t):
+        return t.untyped_storage().data_ptr() in self.marked
+
+    def __torch_function__(self, f, types, args=(), kw=None):
+        kw = kw or {}
+        inputs = tensors([*args, *kw.values()])
+        here = [t for t in inputs if self.is_marked(t)]
+        there = [t for t in inputs if t.dim() and not self.is_marked(t)]
+        name = f.__name__
+        if name == "__get__" and f.__self__.__name__ in ("device", "is_cuda"):
+            is_cuda = f.__self__.__name__ == "is_cuda"
+            return bool(here) if is_cuda else torch.device("cuda" if here else "cpu")
+        target = [a for a in (*args[1:], kw.get("device")) if isinstance(a, (str, torch.device))]
+        if name in ("to", "cpu"):
+            to = cuda(target[0]) if target else self.is_marked(args[1]) if name == "to" and \
+                isinstance(args[1], torch.Tensor) else bool(here) and name == "to"
+            out = args[0] if to == bool(here) else args[0].detach().clone()
+        else:
+            index = name in ("__getitem__", "__setitem__") and self.is_marked(args[0])
+            assert not (here and there) or index or name in FREE, f"{name} mixes devices"
+            to = cuda(target[0]) if target else bool(here)
+            if "generator" in kw and kw["generator"] is not None:
+                assert kw["generator"].cuda == to, f"{name}: generator of another device"
+            out = f(*args, **kw | (dict(device="cpu") if "device" in kw else {}))
+        if to and name not in FREE:
+            self.mark(out)
+        return out
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda path, map_location, weights_only: load(path))
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with TwoDevices():
+        yield
+
+def test_a_cuda_tensor_meets_no_cpu_tensor(two_devices):
+    a = torch.ones(3).to("cuda")
+    assert a.is_cuda and (2 * a)[:2].device.type == "cuda" and not a.cpu().is_cuda
+    for wrong in (lambda: a + torch.ones(3), lambda: torch.rand(3, device="cuda",
+                  generator=Generator("cpu")), lambda: torch.ones(3)[a.long()]):
+        with pytest.raises(AssertionError):
+            wrong()
+
+def test_the_main_job_keeps_to_its_device(two_devices, tmp_path):
+    """With numbers as on the CPU, although there attention is computed otherwise in decoding."""
+    rows = {}
+    for device in "cuda", "cpu":
+        out = tmp_path / device / "run"
+        clipsft.main(["--preset", "smoke", "--device", device, "--out_dir", str(out), "--methods",
+                      "clip", "kl", "sft:skip=random", "--grad_accum", "3", "--kl_coef", "0.1",
+                      "--temperature", "0.9"])
+        rows[device] = [json.loads(r) for r in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows["cuda"]) == 9
+    for a, b in zip(rows["cuda"], rows["cpu"], strict=True):
+        assert a == pytest.approx(b, abs=1e-3, nan_ok=True)
