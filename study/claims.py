@@ -295,10 +295,10 @@ def idea_figure(fig):
     ax.grid(alpha=0.25)
 
 def trade_figure(fig, rows):
-    """General abilities against ID accuracy along SFT, clip and slow SFT; RL's ends by start."""
+    """M, R, D, C against ID accuracy along SFT and clip at two rates; RL's ends by start."""
     left, right = fig.subplots(1, 2)
     at, _ = selectors(rows)
-    colors = {"sft": "#d1495b", "clip": "#2e86ab", "sft:lr=1e-4": "#66a182"}
+    colors = dict(zip(CORE, ("#d1495b", "#2e86ab", "#66a182", "#edae49")))
     for m, color in colors.items():
         points = {lv: [v for v in at("prior", m, at_id(lv)) if np.isfinite(v)]
                   for lv in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)}

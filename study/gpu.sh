@@ -8,4 +8,4 @@ nano=$(test -e "$out/nanoGPT/model.py" && echo --nanogpt "$out/nanoGPT/model.py"
 time python clipsft.py ${PRESET:---preset gpu} --out_dir "$out/main"
 time python clipsft.py ${PRESET:---preset gpu} --seeds "${SEEDS:-10}" --seed 60 --workers "${WORKERS:-3}" --out_dir "$out/ten"
 python study/speed.py ${CARDS:---device cuda}
-python study/speed.py $nano ${GPT2:---device cuda --bf16 1 --compile 1 --n_layer 12 --n_head 12 --n_embd 768 --vocab_size 50304 --block_size 1024 --rows 16 --decode 512}
+python study/speed.py $nano ${GPT2:---device cuda --bf16 1 --compile 1 --n_layer 12 --n_head 12 --n_embd 768 --vocab_size 50304 --block_size 1024 --rows 16 --decode 512 --rounds 5}

@@ -144,7 +144,7 @@ for before, name in zip([""] + names, names):
     line = f"{name:22}{1e3 * t:9.1f} ms {done / t:11,.0f} {unit}/s"
     if before.startswith(kind):
         line += f"{median(a / b for a, b in zip(times[before][2:], times[name][2:])):6.2f}x"
-    if kind == "train" and peak:    # 6 n + 12 L C T FLOPs a token: PaLM, appendix B
+    if kind == "train" and peak and c.bf16:    # 6 n + 12 L C T FLOPs a token: PaLM, appendix B
         line += f"  MFU {done * (6 * n + 12 * c.n_layer * c.n_embd * T) / t / peak:.1%}"
     if kind == "decode":    # a step reads the weights and the cache, and takes 2 n FLOPs a row
         read = (n + c.decode * c.n_layer * c.n_embd * (2 * P + new)) * a.element_size()

@@ -28,11 +28,13 @@ class Generator(torch.Generator):
 class TwoDevices(TorchFunctionMode):
     """Marked are storages, so a view, a parameter and its data agree; they are kept alive, so that
     no address is ever given to another. What an operation returns is where its inputs are."""
-    marked = {}
+    def __init__(self):
+        super().__init__()
+        self.marked = {}
 
     def mark(self, out):
         for t in tensors(out):
-            self.marked[t.data_ptr()] = self.marked[t.untyped_storage().data_ptr()] = t.detach()
+            self.marked[t.untyped_storage().data_ptr()] = t.untyped_storage()
 
     def is_marked(self, t):
         return t.untyped_storage().data_ptr() in self.marked
