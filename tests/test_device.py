@@ -1,6 +1,5 @@
 """No tensor meets one of another device. Without a GPU: CPU tensors, some marked as on CUDA."""
 import contextlib
-import json
 
 import pytest
 import torch
@@ -49,17 +48,19 @@ class TwoDevices(TorchFunctionMode):
             is_cuda = f.__self__.__name__ == "is_cuda"
             return bool(here) if is_cuda else torch.device("cuda" if here else "cpu")
         target = [a for a in (*args[1:], kw.get("device")) if isinstance(a, (str, torch.device))]
+        to = cuda(target[0]) if target else bool(here)
+        kw = kw | (dict(device="cpu") if "device" in kw else {})
         if name in ("to", "cpu"):
-            to = cuda(target[0]) if target else self.is_marked(args[1]) if name == "to" and \
-                isinstance(args[1], torch.Tensor) else bool(here) and name == "to"
-            out = args[0] if to == bool(here) else args[0].detach().clone()
+            if not target:    # x.cpu(); x.to(y), as y is; x.to(dtype), as x is
+                to = name == "to" and any(map(self.is_marked, inputs[-1:]))
+            out = f(*("cpu" if a in target else a for a in args), **kw)
+            out = out.detach().clone() if to != bool(here) else out
         else:
             index = name in ("__getitem__", "__setitem__") and self.is_marked(args[0])
             assert not (here and there) or index or name in FREE, f"{name} mixes devices"
-            to = cuda(target[0]) if target else bool(here)
-            if "generator" in kw and kw["generator"] is not None:
+            if isinstance(kw.get("generator"), Generator):
                 assert kw["generator"].cuda == to, f"{name}: generator of another device"
-            out = f(*args, **kw | (dict(device="cpu") if "device" in kw else {}))
+            out = f(*args, **kw)
         if to and name not in FREE:
             self.mark(out)
         return out
@@ -70,27 +71,28 @@ def two_devices(monkeypatch):
     monkeypatch.setattr(torch, "load", lambda path, map_location, weights_only: load(path))
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with TwoDevices():
         yield
 
 def test_a_cuda_tensor_meets_no_cpu_tensor(two_devices):
     a = torch.ones(3).to("cuda")
     assert a.is_cuda and (2 * a)[:2].device.type == "cuda" and not a.cpu().is_cuda
+    assert a.to(torch.float64).is_cuda and a.to(dtype=torch.int8).dtype == torch.int8
     for wrong in (lambda: a + torch.ones(3), lambda: torch.rand(3, device="cuda",
                   generator=Generator("cpu")), lambda: torch.ones(3)[a.long()]):
         with pytest.raises(AssertionError):
             wrong()
 
-def test_the_main_job_keeps_to_its_device(two_devices, tmp_path):
+def test_every_cell_keeps_to_its_device(two_devices, tmp_path):
     """With numbers as on the CPU, although there attention is computed otherwise in decoding."""
     rows = {}
     for device in "cuda", "cpu":
-        out = tmp_path / device / "run"
-        clipsft.main(["--preset", "smoke", "--device", device, "--out_dir", str(out), "--methods",
-                      "clip", "kl", "sft:skip=random", "--grad_accum", "3", "--kl_coef", "0.1",
-                      "--temperature", "0.9"])
-        rows[device] = [json.loads(r) for r in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows["cuda"]) == 9
+        c = clipsft.prepare(["--preset", "smoke", "--grad_accum", "3", "--kl_coef", "0.1",
+                             "--temperature", "0.9", "--out_dir", str(tmp_path / device / "run")])
+        c.device = device
+        rows[device] = clipsft.base_cell(c, 0) + clipsft.rl_cell(c, 0, "clip", 8)
+        for method in "clip", "kl", "sft:skip=random":
+            rows[device] += clipsft.sft_cell(c, 0, method)
+    assert len(rows["cuda"]) == 8
     for a, b in zip(rows["cuda"], rows["cpu"], strict=True):
         assert a == pytest.approx(b, abs=1e-3, nan_ok=True)
