@@ -38,14 +38,14 @@ class Attention(nn.Module):
         """x (B, T, C), the tokens from place start on -> (B, T, C). A cache (2, B, H, S, D) keeps
         their keys and values; with start > 0, T = 1, x attends to all that it holds."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv                                                        # (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
+        q, k, v = (z.transpose(1, 2) for z in qkv.unbind(2))                 # (B, H, T, D)
         if cache is not None:
-            cache[:, :, :, start:start + T] = qkv[1:]
+            cache[:, :, :, start:start + T] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
             k, v = cache[:, :, :, :start + T]
-        if start == 0 or x.is_cuda:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)    # (B, H, T, D)
-        else:    # on the CPU, one query a row: two plain products beat the fused kernel
+        if start == 0:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, H, T, D)
+        else:    # one query a row: two plain products beat the fused kernel
             y = (q / q.shape[3] ** 0.5 @ k.mT).softmax(-1) @ v
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -120,7 +120,7 @@ class GPT(nn.Module):
         ids = torch.full((n * len(prompts), S), pad, device=dev)
         ids[:, :P] = prompts.repeat_interleave(n, 0)
         live = torch.arange(len(ids), device=dev)                            # rows still decoding
-        done = torch.zeros_like(live, dtype=torch.bool)
+        done = live < 0                                                      # none yet
         with torch.inference_mode(not c.bf16), torch.no_grad(), self.autocast():    # see autocast
             shape = (2, len(prompts), c.n_head, S, c.n_embd // c.n_head)
             dtype = torch.bfloat16 if c.bf16 else torch.float32
@@ -173,20 +173,20 @@ def response_logprobs(model, ids, mask, temperature=1.0):
     m = mask[:, 1:]
     logits = response_logits(model, ids, mask).float().div_(temperature)     # (N, V)
     logp = token_logprobs(logits, ids[:, 1:][m])                             # (N,)
-    return logp.new_zeros(m.shape).masked_scatter(m, logp)
+    return torch.zeros_like(m, dtype=torch.float).masked_scatter(m, logp)
 
 def trim(ids, mask):
     """Drop the columns behind the longest row of ids, mask (B, T)."""
-    T = int((mask.any(0) * torch.arange(mask.shape[1], device=mask.device)).max()) + 1
+    T = mask.shape[1] - int(mask.any(0).flip(0).long().argmax())
     return ids[:, :T], mask[:, :T]
 
 # ================================================================= below: what it takes to run this
 torch.set_float32_matmul_precision("high")    # TF32 on CUDA; on the CPU it changes nothing
+torch.backends.cuda.enable_cudnn_sdp(False)    # in bf16 it would plan anew for every shape
 
 def adamw(model, lr):
     """-> [AdamW], fused, without weight decay: for SFT and RL."""
-    return [torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0,
-                              fused=True)]
+    return [torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=True)]
 
 def muon(model, lr, adam_lr):
     """-> optimizers for pre-training: Muon for the blocks' matrices, AdamW for the rest; twice as
@@ -194,7 +194,7 @@ def muon(model, lr, adam_lr):
     blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not q for q in blocks)]
     return [torch.optim.Muon(blocks, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+            torch.optim.AdamW(rest, adam_lr, (0.9, 0.98), weight_decay=0.0, fused=True)]
 
 def update(model, opts, scale=1.0):
     """A step at scale times each rate, the gradient norm cut to 1; BadInput if it is not finite."""
@@ -205,7 +205,7 @@ def update(model, opts, scale=1.0):
         for group in opt.param_groups:
             group["lr"] = scale * group.setdefault("initial_lr", group["lr"])
         opt.step()
-        opt.zero_grad(set_to_none=True)
+        opt.zero_grad()
 
 def generator(device, *key):
     """A torch.Generator that depends on key alone: no RNG state is ever carried along."""
@@ -222,7 +222,7 @@ def atomic(path):
     try:
         tmp.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
-        os.replace(tmp, path)
+        tmp.replace(path)
     except (OSError, RuntimeError) as e:    # RuntimeError: torch.save on a full disk
         raise BadInput(f"error: cannot write {path}: {e}")
     finally:

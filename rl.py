@@ -58,7 +58,7 @@ def micro_batches(mask, how, n):
     """Cut a batch into n runs of rows, short ones together: yields (rows, share); the sum of share
     * masked_mean(x[rows], mask[rows], how) is masked_mean(x, mask, how), and so is its gradient."""
     mask = mask.bool()
-    order = mask.cumsum(1).argmax(1).argsort(stable=True) if n > 1 else torch.arange(len(mask))
+    order = ((n > 1) * mask.cumsum(1).argmax(1)).argsort(stable=True)    # n = 1: as they are
     for rows in order.chunk(n):
         share = mask[rows].sum() / mask.sum().clamp(min=1) if how == "token" else \
             len(rows) / len(mask)

@@ -47,10 +47,11 @@ ids, mask = data.batch([(p.prompt, r) for p, r in docs]) if cards else (
     torch.randint(0, c.vocab_size, (c.rows, T)), (torch.arange(T) > 0).repeat(c.rows, 1))
 ids, mask = ids.to(c.device), mask.to(c.device)
 prompts, target = ids[:1, :P].repeat(c.decode // 8, 1), torch.where(mask, ids, -1).roll(-1, 1)
+torch.backends.cuda.enable_cudnn_sdp(True)    # model.py's reason not to: many shapes
 compiled = torch.compile if c.compile else lambda f: f
 every = compiled(lambda ids: gpt.token_logprobs(model(ids), ids.roll(-1, 1))[:, :-1])
 
-def here():    # as clipsft.py: short rows together, logits only where a loss needs them
+def here():    # as clipsft.py: short rows together, logits only where needed (compiled: all)
     for rows, share in rl.micro_batches(mask, "token", 2 if cards and not cuda else 1):
         x, m = gpt.trim(ids[rows], mask[rows])
         logp = every(x) if c.compile else gpt.response_logprobs(model, x, m)
@@ -58,9 +59,10 @@ def here():    # as clipsft.py: short rows together, logits only where a loss ne
     gpt.update(model, opts)
 
 def usual(net, loss):    # what one would write first: padded rows, all logits; AdamW as nanoGPT's
-    loss, usual_opts = compiled(loss), [torch.optim.AdamW(net.parameters(), 1e-4, fused=cuda)]
+    usual_opts = [torch.optim.AdamW(net.parameters(), 1e-4, fused=cuda)]
     return lambda: (loss().backward(), gpt.update(net, usual_opts))
 
+@compiled
 def nanogpt():
     with model.autocast():
         return nano(ids, target)[1]
@@ -90,14 +92,16 @@ def turns_in_trl():    # ours take their turn whenever TRL asks for rewards
     trainer = trl.GRPOTrainer(copy.deepcopy(hf).float(), reward, trl.GRPOConfig(
         tempfile.mkdtemp(), per_device_train_batch_size=64, steps_per_generation=4, beta=0.0,
         num_generations=8, max_completion_length=data.MAX_NEW, learning_rate=1e-4, bf16=c.bf16 > 0,
-        max_steps=4 * c.rounds + 8, use_cpu=not cuda, report_to="none", save_strategy="no"),
+        max_steps=4 * c.rounds + 8, use_cpu=not cuda, report_to="none", save_strategy="no",
+        gradient_checkpointing=False),
         Dataset.from_dict(dict(prompt=[p.prompt for p, _ in docs] * 99)), None,
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"))
     trainer.remove_callback(ProgressCallback)
     with contextlib.redirect_stdout(None):
         trainer.train()
-a, b = (torch.ones(k, 1024, 1024, device=c.device) for k in (1, 128))
-a = a[0].bfloat16() if c.bf16 else a[0]
+side = 8192 if cuda else 1024
+a = torch.randn(side, side, device=c.device).to(torch.bfloat16 if c.bf16 else torch.float)
+b = torch.ones(128, 1024, 1024, device=c.device)
 kinds |= {"product": lambda: a @ a, "copy": lambda: b[:64].copy_(b[64:]),
           "train, plain loop": usual(model, lambda: F.cross_entropy(
               model(ids).flatten(0, 1).float(), target.flatten(), ignore_index=-1))}
@@ -116,15 +120,20 @@ try:    # an optional extra may fail in any way
     kinds["decode, transformers"] = lambda: hf.generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, pad_token_id=0,
         max_new_tokens=new, num_return_sequences=8)
+    kinds["decode, transformers"]()
 except Exception as e:
+    kinds.pop("decode, transformers", None)
     print(f"without transformers: {type(e).__name__}")
 kinds["decode, here"] = lambda: model.generate(prompts, new, -1, 0, 8, 1.0)
 if cards:    # a reward that has spread, as from a model that has learnt something
     rl.data.verify = lambda *_: data.Verdict(rng.random() < 0.5, True)
-    kinds["GRPO step, here"] = lambda: rl.grpo_step(model, opts, rl.RLConfig(), 9, 0)
+    player = gpt.GPT(model.config).to(c.device)    # not trained on documents, as TRL's
+    player_opts = gpt.adamw(player, 1e-4)
+    kinds["GRPO step, here"] = lambda: rl.grpo_step(player, player_opts, rl.RLConfig(), 9, 0)
     try:
         turns_in_trl()
     except Exception as e:
+        times.pop("GRPO step, TRL", None)
         print(f"without TRL: {type(e).__name__}")
 while len(times.get("copy", [])) < c.rounds + 2:    # two to warm up
     turn()
@@ -138,7 +147,7 @@ print(f"{card}, torch {torch.__version__}, {n:,} parameters, {'bf16' if c.bf16 e
 for before, name in zip([""] + names, names):
     t, kind = median(times[name][2:]), name.split(",")[0]
     done, unit = dict(
-        product=(2 * 1.024 ** 3, "GFLOP"), copy=(2 * 2 ** 28 / 1e9, "GB"),
+        product=(2 * side ** 3 / 1e9, "GFLOP"), copy=(2 * 2 ** 28 / 1e9, "GB"),
         train=(int((target >= 0).sum()), "tokens"), decode=(c.decode * new, "tokens")).get(
             kind, (256, "rollouts"))
     line = f"{name:22}{1e3 * t:9.1f} ms {done / t:11,.0f} {unit}/s"
@@ -149,6 +158,6 @@ for before, name in zip([""] + names, names):
     if kind == "decode":    # a step reads the weights and the cache, and takes 2 n FLOPs a row
         read = (n + c.decode * c.n_layer * c.n_embd * (2 * P + new)) * a.element_size()
         each, copied = (median(times[k][2:]) for k in ("product", "copy"))
-        floor = max(read / 2 ** 29 * copied, n * c.decode / 2 ** 30 * each)
+        floor = max(read / 2 ** 29 * copied, n * c.decode / side ** 3 * each)
         line += f"  floor {1e3 * new * floor:.1f} ms"
     print(line)
