@@ -93,8 +93,8 @@ def test_effects_and_verdicts_are_those_of_the_study():
 def test_the_count_of_verdicts_and_the_names_of_the_contrary_ones():
     by = {v: [id for id, r in FOUND.items() if r["verdict"] == v] for v in (
         "holds", "opposite", "no difference", "undecided")}
-    said = re.search(r"Of (\d+) claims (\d+) hold, (\d+) come out opposite \((.*?)\), (\d+) show "
-                     r"no difference \((.*?)\), (\d+) is undecided \((.*?)\)",
+    said = re.search(r"Of (\d+) claims (\d+) hold, (\d+) come out opposite \((.*?)\), (\d+) shows? "
+                     r"no difference \((.*?)\), (\d+) (?:is|are) undecided \((.*?)\)",
                      " ".join(README.split())).groups()
     assert [int(said[i]) for i in (0, 1, 2, 4, 6)] == [len(FOUND), *map(len, by.values())]
     for names, kind in zip(said[3::2], ("opposite", "no difference", "undecided"), strict=True):
