@@ -190,7 +190,7 @@ def compare(rows):
     """Text: differences to sft and to clip, paired by seed: same base, same data, same order."""
     keys, curves, lines = ("ood", "ood_any", "explained", "prior"), curves_of(rows), []
     for where, at in (("at the end", lambda curve: curve[-1]),
-                      ("where ID first reaches .95", lambda curve: first_at(curve, 0.95))):
+                      ("at ID .95", lambda curve: first_at(curve, 0.95))):
         for m, ref in [(m, ref) for ref in ("sft", "clip") if ref in curves for m in curves]:
             pairs = [(at(curves[m][s]), at(curves[ref][s])) for s in {*curves[m]} & {*curves[ref]}]
             pairs = [(a, b) for a, b in pairs if a and b]

@@ -220,7 +220,7 @@ def test_compare_by_hand():
     head, *lines = ev.compare(rows).split("\n")[1:]
     assert head.split()[-8:] == "n OOD OOD any explain M R D C".split()[-8:]
     got = {line[:44].strip(): line[44:].replace("+-", "").split() for line in lines}
-    end, level = "at the end", "where ID first reaches .95"
+    end, level = "at the end", "at ID .95"
     # clip - sft: OOD .2 and .6 at the end; at the level .1, and 1.0 - .6; s / sqrt 2 .2 and .15
     for name, numbers in {f"clip - sft, {end}": "2 +0.400 2.541" + " +0.000 0.000" * 3,
                           f"clip - sft, {level}": "2 +0.250 1.906 +0.000 0.000 +0.000 0.000 +0.000 "
