@@ -242,8 +242,8 @@ def claims(rows, extra):
          "fifth of the early vectors, minus with a straight step back as long",
          x["ood_fifth"] - x["ood_straight"],
          dict(beside=("minus late model", x["ood_fifth"] - x["ood_late"]))),
-        ("drift", "1", "clip drifts less in latent space", "mean shift on other tasks where ID "
-         "first reaches .95, SFT minus clip", x["drift_sft"] - x["drift_clip"],
+        ("drift", "1", "clip drifts less in latent space", "mean shift on other tasks at the "
+         "first start of RL with ID of .95, SFT minus clip", x["drift_sft"] - x["drift_clip"],
          free | dict(beside=("the paper's PCA centroid", x["pca_sft"] - x["pca_clip"]))),
         ("entropy", "3", "clip keeps entropy in prolonged training", "entropy after 1,200 updates, "
          "clip minus SFT", differ("entropy", end, LONG[1], LONG[0]),

@@ -4,8 +4,9 @@
     python study/speed.py --device cuda --bf16 1 --compile 1 --n_layer 12 --n_head 12 \\
         --n_embd 768 --vocab_size 50304 --block_size 1024 --rows 16 --nanogpt nanoGPT/model.py
 
-Medians of ten rounds; x: how many times as fast as the row above (paired). floor: decoding at the
-measured rates of copy and product. transformers and TRL if they work, nanoGPT by the path to it.
+Medians of ten rounds; x: how many times as fast as the row above (paired). floor: the least that
+decoding takes at the measured rates of copy and product. transformers and TRL if they work, nanoGPT
+by the path to its model.py.
 """
 import argparse
 import contextlib
