@@ -45,6 +45,8 @@ def test_cached_decoding_of_all_rows_is_the_full_forward_of_each(tiny):
         assert row_mask == [False] * 5 + [True] * k + [False] * (14 - k)    # EOS included
     thrice = tiny.generate(start, 14, eos, data.PAD, 3)                   # neighbours
     assert all(torch.equal(a, b.repeat_interleave(3, 0)) for a, b in zip(thrice, (ids, mask)))
+    last_first = tiny.generate(start.flip(0), 14, eos, data.PAD)          # no row is special
+    assert new[-1] > 4 and all(torch.equal(a, b.flip(0)) for a, b in zip(last_first, (ids, mask)))
 
 def test_prefill_is_shared_and_finished_rows_cost_nothing(tiny, monkeypatch):
     seen, real, start = [], tiny.transformer.h[0].forward, prompts(10, 3)
