@@ -84,7 +84,7 @@ def test_a_cuda_tensor_meets_no_cpu_tensor(two_devices):
             wrong()
 
 def test_every_cell_keeps_to_its_device(two_devices, tmp_path):
-    """With numbers as on the CPU, although there attention is computed otherwise in decoding."""
+    """With numbers as on the CPU, where pre-training only cuts its batches into more pieces."""
     rows = {}
     for device in "cuda", "cpu":
         c = clipsft.prepare(["--preset", "smoke", "--grad_accum", "3", "--kl_coef", "0.1",
