@@ -1,26 +1,24 @@
 """clipsft.py - pre-train a small GPT, fine-tune it with and without clipping, then run GRPO.
-    python clipsft.py                                 the main job: one table, one figure
-    python clipsft.py --methods sft clip clip:eps_high=0.1 --seeds 5 --out_dir runs/eps
+
+    python clipsft.py                                    sft and clip: one table, one figure
+    python clipsft.py --methods sft clip dft --seeds 3 --out_dir runs/dft
+    python clipsft.py --eps_high 0.1 --base_from runs/main --out_dir runs/tight
 
 Above the ruled line: the losses of papers 1 (Liu et al., ICML 2026) and 3 (PSFT, 2508.17784), and
-the one loop that trains by any of them; below: cells, processes, command line. A method may carry
-settings of its own: clip:eps_high=0.4,old_every=24. The same command goes on after a stop.
+the loop that trains by any of them. Below: settings, jobs, command line. A job is a seed and a
+method; one that is in the run folder is not computed again, so the same command goes on after a
+stop. Several processes may fill one folder, each with seeds of its own.
 """
+import argparse
 import copy
-import functools
-import inspect
-import json
+import itertools
 import math
-import multiprocessing
 import os
 import random
-import signal
+import re
 import sys
-import threading
-import traceback
 import zlib
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -28,16 +26,17 @@ from tqdm import tqdm
 
 import data
 import eval as ev
-import model as gpt
-from model import (GPT, BadInput, GPTConfig, adamw, arg, atomic, generator, kl_exact,
-                   load_checkpoint, muon, parse, response_logits, response_logprobs,
-                   save_checkpoint, trim, update)
-from rl import RLConfig, clipped_surrogate, grpo, masked_mean, micro_batches
+from model import (GPT, GPTConfig, adamw, generator, in_rows, kl_exact, load_checkpoint, muon,
+                   response_logits, response_logprobs, response_targets, save_checkpoint, set_lr,
+                   token_logprobs, trim, update)
+from rl import clipped_surrogate, grpo, is_clipped, masked_mean
+
 
 def sft_loss(logp):
     """Supervised fine-tuning: weight 1 on grad log pi. logp (B, T) -> (B, T), to be minimised."""
     # L_SFT = - log pi(y_t)
     return -logp
+
 
 def clip_loss(logp, old_logp, eps_low, eps_high):
     """Clipped SFT: PPO's surrogate with advantage 1. The weight on grad log pi is r up to
@@ -46,285 +45,407 @@ def clip_loss(logp, old_logp, eps_low, eps_high):
     # L = - min(r_t, clip(r_t, 1 - e, 1 + e)), A_t = 1     PSFT 2508.17784 eq. 6; paper 1 eq. 8-9
     return -clipped_surrogate(logp, old_logp, 1.0, eps_low, eps_high)
 
+
 def dft_loss(logp):
     """Dynamic fine-tuning (2508.05629): the weight is pi itself, held constant, so the gradient is
     that of - pi(y_t): the opposite remedy, which hardly learns what it finds improbable."""
     # L_DFT = - sg(pi(y_t)) log pi(y_t)
     return -logp.detach().exp() * logp
 
-def kl_to_base(b):
-    """KL(pi || base) over the whole vocabulary at each response token of a batch: (B, T-1)."""
-    with torch.no_grad():
-        ref = response_logits(b.base, b.ids, b.mask)
-    kl = kl_exact(response_logits(b.model, b.ids, b.mask), ref)
-    return torch.zeros_like(b.logp).masked_scatter(b.mask[:, 1:], kl)
 
-@dataclass
-class Batch:
-    """What a loss may read. Log-probs (B, T-1) are computed when first asked for."""
-    ids: torch.Tensor     # (B, T)
-    mask: torch.Tensor    # (B, T), as in data.batch
-    model: GPT
-    old: GPT              # the model as it stood at the last refresh
-    base: GPT
-    logp = functools.cached_property(lambda b: response_logprobs(b.model, b.ids, b.mask))
-    old_logp = functools.cached_property(lambda b: response_logprobs(b.old, b.ids, b.mask))
-    base_logp = functools.cached_property(lambda b: response_logprobs(b.base, b.ids, b.mask))
+def token_loss(c, model, old, base, ids, mask):
+    """ids, mask (B, T) -> the loss of each token and whether it is clipped, both (B, T-1).
+    A loss of your own is one more branch here and one more line of METHODS."""
+    logits = response_logits(model, ids, mask)                               # (N, V)
+    logp = in_rows(token_logprobs(logits, response_targets(ids, mask)), mask)
+    clipped = torch.zeros_like(mask[:, 1:])
+    if c.loss == "sft":
+        loss = sft_loss(logp)
+    elif c.loss == "clip":
+        with torch.no_grad():
+            old_logp = response_logprobs(old, ids, mask)
+        loss = clip_loss(logp, old_logp, c.eps_low, c.eps_high)
+        clipped = is_clipped(logp, old_logp, torch.ones_like(logp), c.eps_low, c.eps_high)
+    elif c.loss == "dft":
+        loss = dft_loss(logp)
+    elif c.loss == "kl":
+        with torch.no_grad():
+            base_logits = response_logits(base, ids, mask)
+        # - log pi(y_t) + beta KL(pi || base)                          SFT-KL of PSFT, 2508.17784
+        loss = sft_loss(logp) + c.beta * in_rows(kl_exact(logits, base_logits), mask)
+    else:
+        raise ValueError(f"unknown loss {c.loss!r}")
+    return loss, clipped
 
-# A method maps b, the batch, and c, the Config, to a loss per token (B, T-1); what it says outside
-# mask[:, 1:] does not count. (clip:eps_high=inf: no bound; clip:old_every=300: the base as old.)
-METHODS = {
-    "sft": lambda b, c: sft_loss(b.logp),
-    "clip": lambda b, c: clip_loss(b.logp, b.old_logp, 0.2, c.eps_high),
-    "dft": lambda b, c: dft_loss(b.logp),
-    "kl": lambda b, c: sft_loss(b.logp) + 0.5 * kl_to_base(b),    # SFT-KL of 2508.17784, its weight
-}
 
-def finetune(model, base, ids, mask, method, c, seed, opts, schedule=lambda step: 1.0):
-    """Train `model` in place on ids, mask (N, T): yields (step, statistics) after each of c.steps
-    updates. One loop for every method, and for pre-training; schedule(step) scales the rates."""
-    per_pass, per_epoch, epoch = -(-c.old_every // c.passes), len(ids) // c.batch_size or 1, None
-    for step in range(c.steps):
-        refresh, i = divmod(step, c.old_every)
-        if i == 0:    # every K updates the policy as it stands becomes the old policy
-            old = copy.deepcopy(model).requires_grad_(False)
-        # Batches of one refresh, paper 3: 0 1 2 3 ...; passed twice with K = 4: 0 1 0 1, 2 3 2 3
-        n = refresh * per_pass + i % per_pass                                # number of the batch
-        if epoch != n // per_epoch:
-            epoch = n // per_epoch
-            order = torch.randperm(len(ids), generator=generator("cpu", seed, epoch))
-        batch = order[n % per_epoch * c.batch_size:][:c.batch_size].to(ids.device)
-        loss, clipped = 0.0, 0
-        for rows, share in micro_batches(mask[batch], c.aggregate, c.grad_accum):
-            b = Batch(*trim(ids[batch[rows]], mask[batch[rows]]), model, old, base)
-            m = b.mask[:, 1:]                                                # (B, T-1)
-            part = share * masked_mean(METHODS[method](b, c), m, c.aggregate, data.MAX_NEW)
-            part.backward()
-            loss += part.item()
-            if "old_logp" in vars(b):    # the loss has asked for it
-                clipped += (m & (b.logp - b.old_logp > math.log(1 + c.eps_high))).sum().item()
-        update(model, opts, schedule(step))
-        yield step + 1, dict(loss=loss, clip_frac=clipped / (mask[batch].sum().item() or 1))
+def batches(n, size, seed):
+    """Row numbers (size,) of one batch after another, without end; each epoch in a new order."""
+    if size > n:
+        raise ValueError(f"a batch of {size} from {n} rows")
+    for epoch in itertools.count():
+        order = torch.randperm(n, generator=generator("cpu", seed, epoch))
+        for start in range(0, n - size + 1, size):
+            yield order[start:start + size]
+
+
+def finetune(model, base, ids, mask, c, seed):
+    """Train `model` in place on ids, mask (N, T), on the CPU: yields (step, statistics) after each
+    of c.steps updates. The statistics are tensors: reading one waits for the device."""
+    if c.old_every % c.passes != 0:
+        raise ValueError(f"{c.passes} passes do not divide {c.old_every} updates a refresh")
+    opt = adamw(model, c.lr)
+    stream = batches(len(ids), c.batch_size, seed)
+    step = 0
+    while True:
+        # Every K updates the model as it stands becomes the old policy. The K / passes batches
+        # until the next refresh are passed over `passes` times: paper 3 once, paper 1 three times.
+        old = copy.deepcopy(model).requires_grad_(False)
+        fresh = [next(stream) for _ in range(c.old_every // c.passes)]
+        for rows in fresh * c.passes:
+            batch_ids, batch_mask = trim(ids[rows], mask[rows])
+            batch_ids, batch_mask = batch_ids.to(model.device), batch_mask.to(model.device)
+            m = batch_mask[:, 1:]                                            # (B, T-1)
+            loss, clipped = token_loss(c, model, old, base, batch_ids, batch_mask)
+            if loss.shape != m.shape:
+                raise ValueError(f"a loss has one value a token: {m.shape}, not {loss.shape}")
+            loss = masked_mean(loss, m, c.aggregate, data.MAX_NEW)
+            loss.backward()
+            update(model, opt)
+            step += 1
+            yield step, dict(loss=loss.detach(), clip_frac=masked_mean(clipped.float(), m))
+            if step == c.steps:
+                return
+
 
 def pretrain(c, seed):
-    """The base: the same loop with method sft on base_document, warmed up for 100 updates, then
-    down to 0 in a straight line. -> model."""
+    """The base: plain SFT on base_document, warmed up for 100 updates, then down to 0 -> model."""
     rng = random.Random(f"{seed}/docs")
-    docs = [data.base_document(rng) for _ in range(c.base_docs)]
-    ids, mask = (t.to(c.device) for t in data.batch([(p.prompt, r) for p, r in docs]))
+    documents = [data.base_document(rng) for _ in range(c.base_docs)]
+    ids, mask = data.batch([(problem.prompt, response) for problem, response in documents])
     torch.manual_seed(seed)
     model = GPT(GPTConfig(data.N_VOCAB, 40, c.n_layer, c.n_head, c.n_embd, c.dtype == "bf16"))
-    c = replace(c, steps=c.base_steps, batch_size=c.base_batch, aggregate="token", passes=1,
-                old_every=c.base_steps, grad_accum=c.grad_accum * (2 if c.device == "cpu" else 1))
-    opts = muon(model.to(c.device), c.base_lr, c.base_adam_lr)
-    steps = finetune(model, None, ids, mask, "sft", c, seed, opts,
-                     lambda step: min(1, (step + 1) / 100) * (1 - step / c.steps))
-    for _ in progress(steps, c.steps, f"base {seed}"):
-        pass
+    model.to(c.device)
+    muon_opt, adam_opt = muon(model, c.base_lr, c.base_adam_lr)
+    stream = batches(len(ids), c.base_batch, seed)
+    for step in progress(range(c.base_steps), c.base_steps, f"seed {seed} base"):
+        rows = next(stream)
+        batch_ids, batch_mask = trim(ids[rows], mask[rows])
+        batch_ids, batch_mask = batch_ids.to(c.device), batch_mask.to(c.device)
+        scale = min(1, (step + 1) / 100) * (1 - step / c.base_steps)
+        set_lr(muon_opt, scale * c.base_lr)
+        set_lr(adam_opt, scale * c.base_adam_lr)
+        logp = response_logprobs(model, batch_ids, batch_mask)
+        masked_mean(sft_loss(logp), batch_mask[:, 1:]).backward()
+        update(model, muon_opt, adam_opt)
     return model
 
-def skipped(base, ids, mask, c, seed):
-    """Paper 1's ablation: mask without tokens of base p < .1 (low), or without as many random."""
-    if c.skip == "none":
-        return mask
-    m = mask[:, 1:]
-    low = m & (response_logprobs(base, ids, mask) < math.log(0.1))           # (N, T-1)
-    noise = torch.rand(m.shape, generator=generator("cpu", seed, "noise")).to(m.device)
-    by_noise = noise.masked_fill(~m, math.inf).flatten().argsort()
-    some = by_noise.argsort().view_as(m) < low.sum()    # the rank of each
-    return torch.cat([mask[:, :1], m & ~(low if c.skip == "low" else some)], 1)
+
+@torch.no_grad()
+def without_improbable(base, ids, mask, skip, seed):
+    """A test of paper 1's claim: ids, mask (N, T) -> the mask without the tokens of base p < .1
+    ("low"), or without as many response tokens drawn at random ("random")."""
+    m = mask[:, 1:]                                                          # (N, T-1)
+    logp = response_logprobs(base, ids.to(base.device), mask.to(base.device)).to(ids.device)
+    drop = m & (logp < math.log(0.1))
+    if skip == "random":
+        places = m.nonzero()                                                 # (tokens, 2)
+        order = torch.randperm(len(places), generator=generator("cpu", seed, "skip"))
+        chosen = places[order[:drop.sum()]]
+        drop = torch.zeros_like(m)
+        drop[chosen[:, 0], chosen[:, 1]] = True
+    mask = mask.clone()
+    mask[:, 1:] &= ~drop
+    return mask
+
 
 # ================================================================= below: what it takes to run this
 @dataclass
-class SFTConfig:
-    """What a method may have of its own: clip:eps_high=0.4,old_every=24."""
-    steps: int = arg(300, "SFT updates", gt=0)
-    lr: float = arg(3e-4, "SFT learning rate", gt=0)
-    batch_size: int = arg(16, "demonstrations an update", gt=0)
-    demos: int = arg(2048, "demonstrations in all", gt=0)
-    p_word: float = arg(0.3, "chance of an unpredictable connective before a step", ge=0, lt=1)
-    eps_high: float = arg(0.28, "clip: a token rests beyond r = 1 + eps_high", gt=0)
-    old_every: int = arg(8, "K, updates per refresh of the old policy", gt=0)
-    passes: int = arg(1, "passes over the demonstrations of a refresh", gt=0)
-    skip: str = arg("none", "tokens never trained: base p < .1, or any", ("none", "low", "random"))
+class Config:
+    """The comment beside a field is its flag's help."""
+    out_dir: str = "runs/main"      # run folder
+    base_from: str = ""             # a run folder whose bases are taken instead of new ones
+    methods: tuple = ("sft", "clip")      # what to run, names of METHODS
+    seed: int = 0                   # the first seed
+    seeds: int = 1                  # how many; each has its own base
+    device: str = "cpu"             # cpu or cuda
+    dtype: str = "fp32"             # of matrix products: fp32 or bf16
+    eval_n: int = 400               # held-out problems of each kind
 
-@dataclass
-class Config(SFTConfig, RLConfig):
-    preset: str = arg("cpu", "gpu: 10M parameters", ("cpu", "smoke", "gpu"))
-    methods: list[str] = arg(("sft", "clip"), "methods, NAME or NAME:flag=value,...")
-    seeds: int = arg(1, "how many seeds, from --seed on; each has its own base", gt=0)
-    rl_methods: list[str] = arg(("sft", "clip"), "those that GRPO starts from; nothing: no RL")
-    rl_from: list[int] = arg((8, 64, 300), "SFT steps that GRPO starts from", gt=0)
-    n_layer: int = arg(3, "layers", gt=0)
-    n_head: int = arg(4, "attention heads", gt=0)
-    n_embd: int = arg(96, "width", gt=0)
-    dtype: str = arg("fp32", "of matrix products", ("fp32", "bf16"))
-    base_steps: int = arg(1000, "pre-training updates", gt=0)
-    base_lr: float = arg(6e-3, "pre-training: peak learning rate of Muon", gt=0)
-    base_adam_lr: float = arg(4e-3, "and of AdamW", gt=0)
-    base_batch: int = arg(64, "documents a pre-training update", gt=0)
-    base_docs: int = arg(60000, "different pre-training documents", gt=0)
-    workers: int = arg(0, "processes; 0: one a CPU that may be used, on CUDA one", ge=0)
-    out_dir: str = arg("runs/main", "run folder; bases are cached in its parent folder")
+    # model and base
+    n_layer: int = 3                # layers
+    n_head: int = 4                 # attention heads
+    n_embd: int = 96                # width
+    base_steps: int = 1000          # pre-training updates
+    base_batch: int = 64            # documents an update
+    base_docs: int = 60000          # different documents
+    base_lr: float = 6e-3           # pre-training: peak learning rate of Muon
+    base_adam_lr: float = 4e-3      # and of AdamW
 
+    # supervised fine-tuning
+    loss: str = "sft"               # set by METHODS, not a flag
+    steps: int = 300                # SFT updates
+    lr: float = 3e-4                # SFT learning rate
+    batch_size: int = 16            # demonstrations an update
+    demos: int = 2048               # demonstrations in all
+    p_word: float = 0.3             # chance of an unpredictable connective before a step
+    eps_low: float = 0.2            # clip: the lower bound, which never acts
+    eps_high: float = 0.28          # clip: a token rests beyond r = 1 + eps_high
+    old_every: int = 8              # K, updates per refresh of the old policy; passes divide it
+    passes: int = 1                 # passes over the batches of a refresh
+    beta: float = 0.5               # weight of the KL of method kl
+    skip: str = "none"              # tokens never trained: base p < .1 (low) or as many (random)
+    aggregate: str = "token"        # mean of a loss, see rl.masked_mean
+
+    # GRPO
+    rl_methods: tuple = ("sft", "clip")   # which of the methods it starts from; nothing: no RL
+    rl_from: tuple = (8, 64, 300)   # SFT steps that it starts from
+    rl_steps: int = 20              # GRPO steps
+    rl_lr: float = 1e-4             # its learning rate, after 5 warm-up steps
+    rl_prompts: int = 32            # P, prompts a step
+    rl_group: int = 8               # G, responses a prompt
+    rl_updates: int = 4             # updates a step, each on its share of the rollouts
+    rl_eps_low: float = 0.2         # clip below: 1 - eps_low
+    rl_eps_high: float = 0.28       # clip above: 1 + eps_high (DAPO's clip-higher)
+    adv_scale: str = "std"          # divisor of the advantage: std (GRPO) or none (Dr. GRPO)
+    kl_coef: float = 0.0            # weight of the KL to the policy that RL starts from
+    temperature: float = 1.0        # of sampling and of scoring alike
+
+
+# What a method changes in the settings, whatever the flags say. A variant is a line.
+METHODS = {
+    "sft": dict(loss="sft"),
+    "clip": dict(loss="clip"),
+    "dft": dict(loss="dft"),
+    "kl": dict(loss="kl"),
+    "sft-slow": dict(loss="sft", lr=1e-4),
+    "clip-slow": dict(loss="clip", lr=1e-4),
+    "clip-tight": dict(loss="clip", eps_high=0.1),
+    "clip-unbounded": dict(loss="clip", eps_high=math.inf),
+    "clip-frozen": dict(loss="clip", old_every=10 ** 9),    # the base stays the old policy
+    "clip-paper1": dict(loss="clip", old_every=24, passes=3, eps_high=0.5),
+    "sft-skip-low": dict(loss="sft", skip="low"),
+    "sft-skip-random": dict(loss="sft", skip="random"),
+}
 PRESETS = {
     "smoke": dict(n_layer=2, n_head=2, n_embd=32, base_steps=20, base_docs=400, steps=8,
-                  rl_from=[8], rl_steps=2, rl_prompts=4, eval_n=16),
+                  rl_from=(8,), rl_steps=2, rl_prompts=4, eval_n=16),
     "gpu": dict(n_layer=6, n_head=6, n_embd=384, base_steps=800, base_lr=3e-3, base_adam_lr=2e-3,
                 base_batch=256, base_docs=100000, lr=1e-4, rl_lr=3e-5, device="cuda"),
 }
+CHOICES = dict(device=("cpu", "cuda"), dtype=("fp32", "bf16"), skip=("none", "low", "random"),
+               aggregate=("token", "sequence", "constant"), adv_scale=("std", "none"),
+               methods=tuple(METHODS), rl_methods=tuple(METHODS))
 EVAL_STEPS = (4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 200, 300, 600)    # and the last
 
-def variant(text, c):
-    """'clip:eps_high=0.4,lr=1e-4' -> ('clip', c with these settings)."""
-    method, _, settings = text.partition(":")
-    if method not in METHODS:
-        raise BadInput(f"error: method {text}: choose from {', '.join(METHODS)}")
-    flags = [f"--{s}" for s in settings.split(",") if s]
-    return method, replace(c, **vars(parse(SFTConfig, flags, None, vars(c))))
 
-def progress(steps, total, name):    # a bar on a terminal, of the main process only
-    return tqdm(steps, name, total, leave=False, disable=multiprocessing.parent_process() and True)
-
-def file(c, folder, *parts):
-    return Path(c.out_dir) / folder / "-".join(map(str, parts)).replace(":", "_")
-
-def load(c, seed, *name):
-    """The checkpoint ("base",) or (method, step) of a run; a missing one is made again."""
-    path = file(c, "ckpt", f"s{seed}", *name[:-1], f"{name[-1]}.pt")
-    if not path.exists():
-        sft_cell(c, seed, name[0]) if name[1:] else base_cell(c, seed)
-    return load_checkpoint(path, c.device)
-
-def base_cell(c, seed):
-    """Pre-train the base, or take it from beside the run folder, named by all it depends on."""
-    key = [seed, *(v for k, v in vars(c).items() if k.startswith(
-        ("n_", "base_", "device", "dtype", "grad_accum"))), *map(inspect.getsource, (
-            data, gpt, masked_mean, micro_batches, Batch, finetune, pretrain))]
-    cached = Path(c.out_dir).parent / f"base-{zlib.crc32(repr(key).encode())}.pt"
-    if not cached.exists():
-        save_checkpoint(cached, pretrain(c, seed))
-    base = load_checkpoint(cached, c.device)
-    save_checkpoint(file(c, "ckpt", f"s{seed}", "base.pt"), base)
-    return [dict(seed=seed, method="base", stage="base", step=0)
-            | ev.evaluate(base, base, c.eval_n)]
-
-def sft_cell(c, seed, text):
-    """Fine-tune a copy of the base by one method; keep the checkpoints that RL starts from."""
-    method, c = variant(text, c)
-    base = load(c, seed, "base").requires_grad_(False)
-    ids, mask = (t.to(c.device) for t in data.demonstrations(c.demos, seed, p_word=c.p_word))
-    model = copy.deepcopy(base).requires_grad_(True)
-    mask, rows, recent = skipped(base, ids, mask, c, seed), [], []
-    steps = finetune(model, base, ids, mask, method, c, seed, adamw(model, c.lr))
-    for step, stats in progress(steps, c.steps, f"seed {seed} {text}"):
-        recent.append(stats)
-        if text in c.rl_methods and step in c.rl_from:
-            save_checkpoint(file(c, "ckpt", f"s{seed}", text, f"{step}.pt"), model)
-        if step in (*EVAL_STEPS, *c.rl_from, c.steps):
-            rows.append(dict(seed=seed, method=text, stage="sft", step=step)
-                        | ev.evaluate(model, base, c.eval_n) | ev.average(recent))
-            recent = []
-    return rows
-
-def rl_cell(c, seed, *start):
-    """GRPO from ("base",) or (method, step)."""
-    base, model = load(c, seed, "base"), load(c, seed, *start)
-    steps = progress(grpo(model, c, seed), c.rl_steps, f"seed {seed} {start}, RL")
-    stats = [stats for _, stats in steps][-10:]
-    save_checkpoint(file(c, "ckpt", f"s{seed}", *start, "rl.pt"), model)
-    return [dict(seed=seed, method=start[0], stage="rl", step=[0, *start[1:]][-1])
-            | ev.evaluate(model, base, c.eval_n) | ev.average(stats)]
-
-def cell(work, c, seed, *args):
-    """The rows of work(c, seed, ...), from their file or computed into it."""
-    path = file(c, "cells", f"s{seed}", *args, f"{work.__name__}.json")
-    if not path.exists():
-        try:
-            rows = work(c, seed, *args)
-        except BadInput as e:
-            raise BadInput(f"{e} ({path.stem})")
-        except Exception:
-            raise RuntimeError(traceback.format_exc()) from None    # as text it survives the way
-        with atomic(path) as tmp:
-            tmp.write_text(json.dumps(rows))
-    return ev.read_json(path)
-
-def start_worker():    # Ctrl-C is the parent's business; without a parent it ends at once
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tqdm.set_lock(threading.RLock())    # its own would be left behind by a killed process
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-def run(pool, work, c, cells):
-    """Compute the cells here or in the pool; show their rows as they come."""
-    todo = as_completed([pool.submit(cell, work, c, *args) for args in cells]) if pool else cells
-    for done in tqdm(todo, work.__name__, len(cells), leave=False, disable=None):
-        rows = done.result() if pool else cell(work, c, *done)
-        for r in rows:
-            tqdm.write(ev.table([(f"seed {r['seed']} {ev.name_of(r)}", r)]).split("\n")[1])
-
-def prepare(argv):
-    """Command line -> config, checked whole; each method is tried once on a tiny model."""
-    c = parse(Config, argv, __doc__, PRESETS.get(parse(Config, argv, __doc__).preset, {}))
-    c.rl_methods = [m for m in c.rl_methods if variant(m, c) and m in c.methods]
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("error: torch finds no CUDA device; without --preset gpu it runs on the CPU")
-    script = main.__module__ == "__main__"
-    if c.workers > 1 and not script:
-        raise BadInput("error: --workers 2 or more only from the command line; use --workers 1")
-    c.workers = c.workers or (torch.get_num_threads() if script and c.device == "cpu" else 1)
-    if c.n_embd % c.n_head:
-        raise BadInput(f"error: --n_embd {c.n_embd} is not a multiple of --n_head {c.n_head}")
-    for text in c.methods or [""]:
-        method, mine = variant(text, c)
-        if text in c.rl_methods and max(c.rl_from, default=0) > mine.steps:
-            raise BadInput(f"error: --rl_from {max(c.rl_from)}: {text} ends at step {mine.steps}")
-        tiny = GPT(GPTConfig(data.N_VOCAB, 40, 1, 1, 8))
-        b = Batch(*data.demonstrations(2, 0), tiny, tiny, tiny)
-        if METHODS[method](b, mine).shape != b.logp.shape:
-            raise BadInput(f"error: the loss of {method} must be one per token, (B, T-1)")
-        if "old_logp" in vars(b) and mine.old_every == 1:
-            raise BadInput(f"error: --old_every 1 with {text}: right after a refresh the ratio is "
-                           "1, so nothing is ever clipped and it is plain SFT; use 2 or more")
-    path, config = Path(c.out_dir) / "config.json", json.loads(json.dumps(asdict(c)))
-    old = ev.read_json(path) if path.exists() else {}
-    free = ("preset", "workers", "out_dir", "seed", "seeds", "methods", "rl_methods")
-    if differ := [f"--{k} ({old[k]}, now {v})" for k, v in config.items()
-                  if k not in free and old.get(k, v) != v]:
-        raise BadInput(f"error: {c.out_dir} was made with another {', '.join(differ)}; give the "
-                       "same, or another --out_dir")
-    if config.keys() - old:    # a new folder, or a new flag
-        with atomic(path) as tmp:
-            tmp.write_text(json.dumps(config | old, indent=1))
+def read_flags(argv):
+    """Command line -> Config: the defaults, changed by a preset, changed by the flags. What cannot
+    run ends here in one line, before any work."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, help="smoke: seconds; gpu: 10M parameters")
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", Path(__file__).read_text(), re.MULTILINE))
+    for f in fields(Config):
+        if f.name == "loss":
+            continue
+        options = dict(type=type(f.default), choices=CHOICES.get(f.name), metavar=f.name.upper(),
+                       help=f"{comments[f.name]} [{f.default}]")
+        if f.type is tuple:
+            options.update(type=type(f.default[0]), nargs="*",
+                           help=f"{comments[f.name]} [{' '.join(map(str, f.default))}]")
+        parser.add_argument(f"--{f.name}", **options)
+    given = vars(parser.parse_args(argv))
+    preset = PRESETS.get(given.pop("preset"), {})
+    given = {name: value for name, value in given.items() if value is not None}
+    c = Config(**{**preset, **given})
+    try:
+        check(c, "rl_methods" in given)
+    except ValueError as error:
+        parser.error(str(error))
     return c
 
-def main(argv=None):
-    """Run what is not there yet, then report. In a notebook: main([]) or main(["--seeds", "2"])."""
-    c = prepare(argv)
-    torch.set_num_threads(1)    # results must not depend on the number of cores
-    pool = ProcessPoolExecutor(c.workers, multiprocessing.get_context("spawn"), start_worker) \
-        if c.workers > 1 else None
+
+def check(c, rl_methods_given):
+    """ValueError for settings that would fail late, never end or mislead."""
+    for name in ("seeds", "eval_n", "base_steps", "base_batch", "steps", "batch_size", "passes",
+                 "eps_low", "eps_high", "lr", "rl_steps", "rl_lr", "rl_prompts", "rl_updates",
+                 "temperature"):
+        if not getattr(c, name) > 0:
+            raise ValueError(f"--{name} must be above 0")
+    if not c.methods:
+        raise ValueError("--methods: name at least one")
+    if c.base_batch > c.base_docs or c.batch_size > c.demos:
+        raise ValueError("a batch is larger than its data: --base_batch, --batch_size")
+    if c.n_embd % c.n_head != 0:
+        raise ValueError(f"--n_embd {c.n_embd} is not a multiple of --n_head {c.n_head}")
+    if c.rl_group < 2:
+        raise ValueError("--rl_group must be 2 or more: an answer is compared with its group")
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch finds no CUDA device; without --preset gpu it runs on the CPU")
+    if c.base_from and not Path(c.base_from).is_dir():
+        raise ValueError(f"--base_from {c.base_from}: no such folder")
+    for method in c.rl_methods:
+        if rl_methods_given and method not in c.methods:
+            raise ValueError(f"--rl_methods {method} is not among --methods")
+    for method in c.methods:
+        mine = replace(c, **METHODS[method])
+        if mine.loss == "clip" and mine.old_every < 2:
+            raise ValueError(f"--old_every {mine.old_every} with {method}: right after a refresh "
+                             "the ratio is 1, so nothing is clipped: plain SFT; use 2 or more")
+        if mine.old_every < 1 or mine.old_every % mine.passes != 0:
+            raise ValueError(f"--passes {mine.passes} must divide --old_every {mine.old_every}")
+        for step in c.rl_from:
+            if method in c.rl_methods and not 1 <= step <= mine.steps:
+                raise ValueError(f"--rl_from {step}: {method} has steps 1 to {mine.steps}")
+
+
+def task_fingerprint(c):
+    """A number that changes with the task: with documents, demonstrations or evaluation problems
+    (data.py, eval.eval_sets)."""
+    rng = random.Random("fingerprint")
+    texts = [f"{problem.prompt} {response}" for problem, response in
+             (data.base_document(rng) for _ in range(100))]
+    for row in data.demonstrations(100, "fingerprint", p_word=c.p_word)[0]:
+        texts.append(data.decode(row.tolist()))
+    for problems in ev.eval_sets(c.eval_n).values():
+        texts += [problem.prompt for problem in problems]
+    return zlib.crc32("\n".join(texts).encode())
+
+
+def job_settings(c, method):
+    """All that the rows of a job depend on, as it stands in its file."""
+    c = replace(c, **METHODS.get(method, {}))    # the base has none of its own
+    settings = asdict(c)
+    for name in ("out_dir", "base_from", "methods", "seed", "seeds"):
+        del settings[name]
+    with_rl = method in c.rl_methods or (method == "base" and len(c.rl_methods) > 0)
+    settings["rl_methods"] = [method] if with_rl else []
+    settings["rl_from"] = list(c.rl_from)
+    settings["task"] = task_fingerprint(c)
+    return {name: ev.finite(value) for name, value in settings.items()}
+
+
+def job_path(folder, seed, method):
+    return Path(folder) / f"s{seed}-{method}.json"
+
+
+def is_done(c, seed, method):
+    """Whether a job is in the run folder. ValueError names what it was made with if that differs."""
+    path = job_path(c.out_dir, seed, method)
+    if not path.exists():
+        return False
+    found = ev.read_json(path)["settings"]
+    for name, value in job_settings(c, method).items():
+        if found.get(name) != value:
+            raise ValueError(f"{path} was made with --{name} {found.get(name)}, now {value}: give "
+                             "the same, or another --out_dir")
+    return True
+
+
+def base_elsewhere(c, seed):
+    """The base of another run folder -> model. ValueError if it is of other settings."""
+    path = job_path(c.base_from, seed, "base")
+    if not path.exists():
+        raise ValueError(f"--base_from: there is no {path}")
+    found = ev.read_json(path)["settings"]
+    for name, value in job_settings(c, "base").items():
+        if name.startswith(("base_", "n_", "dtype", "task")) and found[name] != value:
+            raise ValueError(f"{path} was made with --{name} {found[name]}, now {value}")
+    return load_checkpoint(Path(c.base_from) / f"s{seed}-base.pt", c.device)
+
+
+def run_base(c, seed):
+    """Pre-train the base, or take it from another run folder; what GRPO makes of it -> rows."""
+    base = base_elsewhere(c, seed) if c.base_from else pretrain(c, seed)
+    save_checkpoint(Path(c.out_dir) / f"s{seed}-base.pt", base)
+    row = dict(seed=seed, method="base", stage="base", step=0)
+    row.update(ev.evaluate(base, base, c.eval_n))
+    show(ev.line(row))
+    rows = [row]
+    if c.rl_methods and c.rl_from:
+        rows.append(run_rl(c, seed, "base", 0, base, base))
+    return rows
+
+
+def run_method(c, seed, method):
+    """Fine-tune a copy of the base by a method; GRPO from some of its steps -> rows."""
+    c = replace(c, **METHODS[method])
+    base = load_checkpoint(Path(c.out_dir) / f"s{seed}-base.pt", c.device).requires_grad_(False)
+    ids, mask = data.demonstrations(c.demos, seed, p_word=c.p_word)
+    if c.skip != "none":
+        mask = without_improbable(base, ids, mask, c.skip, seed)
+    model = copy.deepcopy(base).requires_grad_(True)
+    rows = []
+    recent = []
+    updates = finetune(model, base, ids, mask, c, seed)
+    for step, stats in progress(updates, c.steps, f"seed {seed} {method}"):
+        recent = [*recent, stats][-c.old_every:]    # a whole round of the old policy
+        if step in EVAL_STEPS or step in c.rl_from or step == c.steps:
+            row = dict(seed=seed, method=method, stage="sft", step=step)
+            row.update(ev.evaluate(model, base, c.eval_n))
+            row["loss"] = ev.mean(stats["loss"].item() for stats in recent)
+            row["clip_frac"] = ev.mean(stats["clip_frac"].item() for stats in recent)
+            rows.append(row)
+            show(ev.line(row))
+        if step in c.rl_from and method in c.rl_methods:
+            save_checkpoint(Path(c.out_dir) / f"s{seed}-{method}-{step}.pt", model)
+            rows.append(run_rl(c, seed, method, step, model, base))
+    return rows
+
+
+def run_rl(c, seed, method, step, model, base):
+    """GRPO on ID prompts from a copy of model -> row, with the statistics of the last steps."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    steps = progress(grpo(model, c, seed), c.rl_steps, f"seed {seed} {method} {step}, RL")
+    stats = list(steps)
+    save_checkpoint(Path(c.out_dir) / f"s{seed}-{method}-{step}-rl.pt", model)
+    row = dict(seed=seed, method=method, stage="rl", step=step)
+    row.update(ev.evaluate(model, base, c.eval_n))
+    row.update(ev.average(stats[-10:]))
+    show(ev.line(row))
+    return row
+
+
+def progress(steps, total, name):
+    """A bar on a terminal, nothing elsewhere."""
+    return tqdm(steps, name, total, leave=False, disable=None)
+
+
+def show(text):
+    """Print beside the bars. A reader that has gone (| head -1) does not end the work."""
     try:
-        print(ev.table([]))
-        seeds = range(c.seed, c.seed + c.seeds)
-        run(c.seeds > 1 and pool, base_cell, c, [(s,) for s in seeds])
-        run(pool, sft_cell, c, [(s, m) for s in seeds for m in c.methods])
-        starts = [("base",), *((m, n) for m in c.rl_methods for n in c.rl_from)]
-        run(pool, rl_cell, c, [(s, *start) for s in seeds for start in starts[len(starts) == 1:]])
-    except BrokenExecutor as e:
-        raise BadInput(f"error: a worker died ({e}); the same command goes on from here")
-    finally:
-        for p in multiprocessing.active_children() if pool and sys.exc_info()[0] else ():
-            p.kill()
-        if pool:
-            pool.shutdown(cancel_futures=True)
-    ev.report(c.out_dir)
+        tqdm.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def main(argv=None):
+    """Run the jobs that are not there yet, then report. In a notebook: main(["--seeds", "2"])."""
+    c = read_flags(argv)
+    Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("high")     # TF32 on CUDA; on the CPU it changes nothing
+    torch.backends.cuda.enable_cudnn_sdp(False)    # in bf16 it would plan anew for every shape
+    seeds = range(c.seed, c.seed + c.seeds)
+    try:
+        jobs = [(seed, method) for seed in seeds for method in ("base", *c.methods)]
+        done = [job for job in jobs if is_done(c, *job)]    # all looked at before any work
+        show(ev.header())
+        for seed, method in jobs:
+            if (seed, method) in done:
+                show(f"seed {seed} {method}: found in {c.out_dir}")
+                continue
+            rows = run_base(c, seed) if method == "base" else run_method(c, seed, method)
+            rows = [{key: ev.finite(value) for key, value in row.items()} for row in rows]
+            ev.write_json(job_path(c.out_dir, seed, method),
+                          dict(settings=job_settings(c, method), rows=rows))
+        ev.report([c.out_dir], show)
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("\ninterrupted; the same command goes on from the finished jobs")

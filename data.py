@@ -11,6 +11,7 @@ The expert explains S too, largest card first. Fine-tuning (SFT) and RL see S al
 2509.12235 in miniature). A cold start: the base never explains S, so RL has nothing to reward
 without SFT. E and M, R, D, C, never trained again, are the prior abilities that may be forgotten.
 """
+import itertools
 import random
 import re
 import zlib
@@ -18,37 +19,48 @@ from typing import NamedTuple
 
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-# Every word is one token, so every number 0..99 is: arithmetic on single tokens is learnt sooner
-# than on digits. Specials have ids of their own: pad is never eos.
 FACES = ("J", "Q", "K")
-DECK = tuple(map(str, range(2, 11))) + FACES
+DECK = ("2", "3", "4", "5", "6", "7", "8", "9", "10") + FACES
 OPS = "SATEXGMRDC"    # sum: terse S A T, explained E X G; maximum, reverse, values, sorted values
 CONNECTIVES = ("so", "then", "now", "next", "well", "hence", "thus", "and")
-WORDS = (*map(str, range(100)), *FACES, *OPS, *":>+=,#", *CONNECTIVES)
-SPECIALS = {" <eos>": len(WORDS), " <pad>": len(WORDS) + 1}
-EOS, PAD = SPECIALS.values()
-N_VOCAB = len(WORDS) + len(SPECIALS)
+ID_RULES = ((10, 10, 10), (14, 14, 14))    # two: with one, some bases tie the new style to it
+OOD_RULE = (11, 12, 13)
+
+# Every word is one token, so every number 0..99 is: arithmetic on single tokens is learnt sooner
+# than on digits. Pad is never eos.
+NUMBERS = tuple(str(number) for number in range(100))
+WORDS = NUMBERS + FACES + tuple(OPS) + tuple(":>+=,#") + CONNECTIVES
+EOS = len(WORDS)
+PAD = EOS + 1
+N_VOCAB = PAD + 1
 MAX_NEW = 28    # tokens of the longest answer (a demonstration has up to 23); a prompt has 10
 
 # A tiktoken encoding built in memory needs no download. A token is a space and a word.
-_enc = tiktoken.Encoding("cards", pat_str=r" [^ ]+", special_tokens=SPECIALS,
-                         mergeable_ranks={f" {w}".encode(): i for i, w in enumerate(WORDS)},
-                         explicit_n_vocab=N_VOCAB)
-_known = frozenset(WORDS)
+_tokenizer = tiktoken.Encoding(
+    "cards",
+    pat_str=r" [^ ]+",
+    mergeable_ranks={f" {word}".encode(): i for i, word in enumerate(WORDS)},
+    special_tokens={" <eos>": EOS, " <pad>": PAD},
+    explicit_n_vocab=N_VOCAB,
+)
+_KNOWN = frozenset(WORDS)
+
 
 def encode(text):
     """Text -> token ids. ValueError names a word outside the vocabulary: tiktoken would panic."""
     words = text.split()
-    if bad := set(words) - _known:
-        raise ValueError(f"not in the vocabulary: {min(bad)!r} (see data.WORDS)")
-    return _enc.encode_ordinary("".join(" " + w for w in words))
+    for word in words:
+        if word not in _KNOWN:
+            raise ValueError(f"not in the vocabulary: {word!r} (see data.WORDS)")
+    return _tokenizer.encode_ordinary("".join(f" {word}" for word in words))
+
 
 def decode(ids):
     """Token ids -> text, words separated by one space; specials are shown as <eos>, <pad>."""
-    return _enc.decode(ids)[1:]
+    return _tokenizer.decode(ids).removeprefix(" ")
 
-ID_RULES, OOD_RULE = ((10,) * 3, (14,) * 3), (11, 12, 13)    # two: some bases tie a style to one
 
 class Problem(NamedTuple):
     op: str        # a letter of OPS
@@ -57,54 +69,75 @@ class Problem(NamedTuple):
 
     @property
     def values(self):
+        """What the four cards are worth, in the order of the hand."""
         worth = dict(zip(FACES, self.rule))
-        return [worth[c] if c in worth else int(c) for c in self.hand]
+        return [worth[card] if card in FACES else int(card) for card in self.hand]
 
     @property
     def prompt(self):
-        return f"{self.op} {' '.join(map(str, self.rule))} : {' '.join(self.hand)} >"
+        J, Q, K = self.rule
+        return f"{self.op} {J} {Q} {K} : {' '.join(self.hand)} >"
+
 
 def fingerprint(words):
-    """A number that does not depend on their order."""
+    """A number that does not depend on the order of the words, nor on the process."""
     return zlib.crc32(" ".join(sorted(words)).encode())
+
 
 def split_of(hand):
     """'eval', 'rl' or 'train', by what the cards are worth if J=Q=K=10, in any order: 7 J 3 K and
     3 10 7 Q have the same sums then, so no evaluation hand has those of a hand in training."""
-    h = fingerprint("10" if c in FACES else c for c in hand) % 10
-    return "eval" if h < 3 else "rl" if h < 5 else "train"
+    tenth = fingerprint("10" if card in FACES else card for card in hand) % 10
+    if tenth < 3:
+        return "eval"
+    if tenth < 5:
+        return "rl"
+    return "train"
+
 
 def draw(rng, split, op="S", rules=None):
     """A random problem of a split with a face card, under one of rules, or any of 10..19."""
     while True:
         hand = tuple(rng.choices(DECK, k=4))
-        if not set(hand).isdisjoint(FACES) and split_of(hand) == split:
-            return Problem(op, tuple(rng.choice(rules or [rng.choices(range(10, 20), k=3)])), hand)
+        has_face = any(card in FACES for card in hand)
+        if has_face and split_of(hand) == split:
+            break
+    if rules is None:
+        rules = [tuple(rng.choices(range(10, 20), k=3))]
+    return Problem(op, rng.choice(rules), hand)
+
 
 def terse(values):
     """Running totals, left to right. [7, 10, 3] -> '7 17 20'"""
-    return " ".join(str(sum(values[:i + 1])) for i in range(len(values)))
+    return " ".join(str(total) for total in itertools.accumulate(values))
+
 
 def chain(values, rng=None, p_word=0.0):
     """Additions in the given order, then the total. [7, 10, 3] -> '7 + 10 = 17 , 17 + 3 = 20 # 20'
     Before each step, with probability p_word, a connective that nobody could predict."""
-    steps, total = [], values[0]
-    for v in values[1:]:
-        word = rng.choice(CONNECTIVES) + " " if p_word and rng.random() < p_word else ""
-        steps.append(f"{word}{total} + {v} = {total + v}")
-        total += v
-    return " , ".join(steps) + f" # {total}"
+    steps = []
+    total = values[0]
+    for value in values[1:]:
+        step = f"{total} + {value} = {total + value}"
+        if p_word > 0 and rng.random() < p_word:
+            step = f"{rng.choice(CONNECTIVES)} {step}"
+        steps.append(step)
+        total += value
+    return f"{' , '.join(steps)} # {total}"
+
 
 def expert(problem, rng, p_word=0.3):
     """A demonstration: a chain, largest card first. That S is explained, the order and the
     connectives are what the base finds improbable; the arithmetic it knows."""
     return chain(sorted(problem.values, reverse=True), rng, p_word)
 
+
 def truth(problem):
     """The one right response to M, R, D or C."""
-    v = problem.values
-    answers = {"M": [max(v)], "R": problem.hand[::-1], "D": v, "C": sorted(v)}
-    return " ".join(map(str, answers[problem.op]))
+    values = problem.values
+    answers = {"M": [max(values)], "R": problem.hand[::-1], "D": values, "C": sorted(values)}
+    return " ".join(str(word) for word in answers[problem.op])
+
 
 def base_document(rng):
     """(problem, response) of the pre-training mixture, a tenth for each letter."""
@@ -114,32 +147,43 @@ def base_document(rng):
         return problem, truth(problem)
     if problem.op in "SAT":
         return problem, terse(values)
-    order = rng.random()    # of a chain: half as in the hand, 40 % any, 10 % largest first
-    if order >= 0.5:
-        values = rng.sample(values, 4) if order < 0.9 else sorted(values, reverse=True)
-    return problem, chain(values, rng, 0.03)
+    order = rng.random()
+    if order < 0.5:
+        ordered = values    # as in the hand
+    elif order < 0.9:
+        ordered = rng.sample(values, 4)    # any order
+    else:
+        ordered = sorted(values, reverse=True)
+    return problem, chain(ordered, rng, 0.03)
 
-_N = "(0|[1-9][0-9]?)"
-_STEP = rf"(?:(?:{'|'.join(CONNECTIVES)}) )?{_N} \+ {_N} = {_N}"
-_CHAIN = re.compile(rf"{_STEP} , {_STEP} , {_STEP} # {_N}")
+
+_NUMBER = "(0|[1-9][0-9]?)"
+_STEP = rf"(?:(?:{'|'.join(CONNECTIVES)}) )?{_NUMBER} \+ {_NUMBER} = {_NUMBER}"
+_CHAIN = re.compile(rf"{_STEP} , {_STEP} , {_STEP} # {_NUMBER}")
+
 
 class Verdict(NamedTuple):
     strict: bool    # three steps, every card once in any order, every sum and the total right
     any: bool       # the last number is right, in any format: arithmetic, not style
 
+
 def verify(problem, response):
     """Verdict on a response text (without <eos>). Numbers are parsed, never evaluated."""
     if problem.op in "MRDC":
-        return Verdict(*[response == truth(problem)] * 2)
-    values, words = problem.values, response.split()
-    right = bool(words) and words[-1] == str(sum(values))
+        right = response == truth(problem)
+        return Verdict(strict=right, any=right)
+    words = response.split()
+    total_right = len(words) > 0 and words[-1] == str(sum(problem.values))
     match = _CHAIN.fullmatch(response)
-    if not match:
-        return Verdict(False, right)
-    a, b, ab, t1, c, abc, t2, d, abcd, total = map(int, match.groups())
-    strict = (sorted((a, b, c, d)) == sorted(values) and a + b == ab == t1
-              and t1 + c == abc == t2 and t2 + d == abcd == total)
-    return Verdict(strict, right)
+    if match is None:
+        return Verdict(strict=False, any=total_right)
+    # a + b = ab , ab2 + c = abc , abc2 + d = abcd # total
+    a, b, ab, ab2, c, abc, abc2, d, abcd, total = [int(number) for number in match.groups()]
+    cards_right = sorted([a, b, c, d]) == sorted(problem.values)
+    sums_right = a + b == ab and ab2 + c == abc and abc2 + d == abcd
+    carried_over = ab == ab2 and abc == abc2 and abcd == total
+    return Verdict(strict=cards_right and sums_right and carried_over, any=total_right)
+
 
 def batch(pairs):
     """[(prompt, response), ...] texts -> ids (B, T) long, mask (B, T) bool, right-padded.
@@ -147,34 +191,47 @@ def batch(pairs):
     The mask convention, once for the project: mask[:, t] is True iff token t is a response token or
     its EOS; prompt and padding are False. Position t predicts token t+1, so a loss takes
     logits[:, :-1], ids[:, 1:] and mask[:, 1:]; the first response token is trained."""
-    prompts = [encode(p) for p, _ in pairs]
-    rows = [p + encode(r) + [EOS] for p, (_, r) in zip(prompts, pairs)]
-    T = max(map(len, rows))
-    ids = torch.tensor([row + [PAD] * (T - len(row)) for row in rows])
-    start, end = (torch.tensor([[len(x)] for x in xs]) for xs in (prompts, rows))    # (B, 1)
-    t = torch.arange(T)
-    return ids, (start <= t) & (t < end)
+    rows = []
+    masks = []
+    for prompt, response in pairs:
+        prompt_ids = encode(prompt)
+        response_ids = encode(response) + [EOS]
+        rows.append(torch.tensor(prompt_ids + response_ids))
+        masks.append(torch.tensor([False] * len(prompt_ids) + [True] * len(response_ids)))
+    ids = pad_sequence(rows, batch_first=True, padding_value=PAD)            # (B, T)
+    mask = pad_sequence(masks, batch_first=True, padding_value=False)        # (B, T)
+    return ids, mask
+
 
 def demonstrations(n, seed, split="train", p_word=0.3):
     """The expert's data, n problems of a split under the ID rules. -> ids (n, T), mask (n, T)."""
     rng = random.Random(f"{seed}/demonstrations")
     problems = [draw(rng, split, rules=ID_RULES) for _ in range(n)]
-    return batch([(p.prompt, expert(p, rng, p_word)) for p in problems])
+    return batch([(problem.prompt, expert(problem, rng, p_word)) for problem in problems])
+
+
+def show(title, problem, response):
+    """Print a document: its words, their ids, and the mask, 1 where a token is trained."""
+    ids, mask = batch([(problem.prompt, response)])
+    print(f"\n{title}")
+    for cells in ([decode([i]) for i in ids[0].tolist()], ids[0].tolist(), mask[0].int().tolist()):
+        print("".join(f"{cell:>6}" for cell in cells))
+
 
 def main():
-    """Problems of every kind, each with its tokens over their mask: 1 is trained, 0 is not."""
     rng = random.Random(0)
-    shown = [("expert demonstration, an ID rule", "S", ID_RULES, lambda p: expert(p, rng)),
-             ("the same, OOD rule (only evaluated)", "S", [OOD_RULE], lambda p: expert(p, rng)),
-             ("the base, terse", "S", None, lambda p: terse(p.values)),
-             ("the base, explained", "E", None, lambda p: chain(p.values))]
-    shown += [(f"the base, {op}", op, None, truth) for op in "MRDC"]
-    for title, op, rules, answer in shown:
-        problem = draw(rng, "train", op, rules)
-        ids, mask = batch([(problem.prompt, answer(problem))])
-        print(f"\n{title}")
-        for row in map(decode, ids.T.tolist()), ids[0].tolist(), mask[0].long().tolist():
-            print("".join(f"{cell!s:>6}" for cell in row))
+    problem = draw(rng, "train", rules=ID_RULES)
+    show("expert demonstration, an ID rule", problem, expert(problem, rng))
+    problem = draw(rng, "train", rules=[OOD_RULE])
+    show("the same, OOD rule (only evaluated)", problem, expert(problem, rng))
+    problem = draw(rng, "train")
+    show("the base, terse", problem, terse(problem.values))
+    problem = draw(rng, "train", "E")
+    show("the base, explained", problem, chain(problem.values))
+    for op in "MRDC":
+        problem = draw(rng, "train", op)
+        show(f"the base, {op}", problem, truth(problem))
+
 
 if __name__ == "__main__":
     main()

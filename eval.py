@@ -1,278 +1,453 @@
 """eval.py - what is measured: accuracies, entropy, spectra, drift, differences between methods.
 
-    python eval.py runs/main        reports a run folder once more
+    python eval.py runs/main                 reports a run folder once more
+    python eval.py runs/main runs/tight      compares methods across folders, paired by seed
+
+Above the ruled line: what a row says of a model, and the papers' analyses of weights, hidden states
+and gradients. Below: averages over seeds, tables, the figure.
 """
+import argparse
 import functools
 import json
 import math
+import os
 import random
 import statistics
-import sys
 from pathlib import Path
 
 import torch
 
 import data
-from model import (BadInput, atomic, generator, kl_exact, response_logits, response_logprobs,
-                   token_logprobs)
+from model import (generator, kl_exact, response_logits, response_logprobs, response_targets,
+                   temporary, token_logprobs)
+from rl import respond
 
-@torch.no_grad()
-def respond(model, problems, n=1, temperature=0.0, noise=None):
-    """Let the model answer each problem n times, all at once; temperature 0 is greedy.
-    -> B = n * len(problems) texts without <eos>, ids (B, T), mask (B, T) True at sampled tokens."""
-    prompts = torch.tensor([data.encode(p.prompt) for p in problems])
-    ids, mask = model.generate(prompts.to(next(model.parameters()).device), data.MAX_NEW, data.EOS,
-                               data.PAD, n, temperature, noise)
-    said = mask & (ids != data.EOS)
-    texts = ids[said].cpu().split(said.sum(1).tolist())
-    return [data.decode(t.tolist()) for t in texts], ids, mask
 
 @functools.cache
 def eval_sets(n):
     """The fixed held-out problems, n of each: 'id' and 'ood', the same hands under the two rules;
     'explained', the same as ood, asked by E; 'prior', M, R, D and C under random rules."""
     rng = random.Random("eval")
-    problems = [data.draw(rng, "eval", rules=data.ID_RULES) for _ in range(n)]
-    ood = [p._replace(rule=data.OOD_RULE) for p in problems]
-    return dict(id=problems, ood=ood, explained=[p._replace(op="E") for p in ood],
-                prior=[data.draw(rng, "eval", "MRDC"[i % 4]) for i in range(n)])
+    id_problems = [data.draw(rng, "eval", rules=data.ID_RULES) for _ in range(n)]
+    ood = [problem._replace(rule=data.OOD_RULE) for problem in id_problems]
+    explained = [problem._replace(op="E") for problem in ood]
+    prior = [data.draw(rng, "eval", "MRDC"[i % 4]) for i in range(n)]
+    return dict(id=id_problems, ood=ood, explained=explained, prior=prior)
+
 
 @torch.no_grad()
-def evaluate(model, base, n):
-    """Everything that one metrics row says of a model, as a dict of floats; n as in eval_sets.
-    Greedy accuracies in [0, 1]: strict (id, ood, explained, prior), of the last number in any
-    format (id_any, ...), on halves of the OOD set that share no hand (ood_a, ood_b). In nats a
-    token: entropy on own samples at temperature 1; on held-out demonstrations nll, kl_base =
-    KL(base || pi) (the forward KL of 2509.04259), and log pi where the base gives p < .1
-    (logp_low) or p > .9 (logp_high)."""
-    dev, sets = next(model.parameters()).device, eval_sets(n)
-    texts, ids, mask = respond(model, [p for s in sets.values() for p in s])
-    row, texts = dict(truncated=1 - (ids == data.EOS).any(1).float().mean().item()), iter(texts)
-    for name, problems in sets.items():
-        verdicts = [data.verify(p, next(texts)) for p in problems]
-        row[name] = mean(v.strict for v in verdicts)
-        row[f"{name}_any"] = mean(v.any for v in verdicts)
-        for half in (0, 1) if name == "ood" else ():
-            row[f"ood_{'ab'[half]}"] = mean(v.strict for v, p in zip(verdicts, problems)
-                                            if data.fingerprint(p.hand) % 2 == half)
-    _, ids, mask = respond(model, sets["id"][:128], 1, 1.0, generator(dev, "entropy"))
+def accuracies(model, n):
+    """Greedy accuracies in [0, 1] on the sets of eval_sets: strict (id, ood, explained, prior), of
+    the last number in any format (id_any, ...), and on the two halves of the OOD set (ood_a, ood_b,
+    which share no hand). truncated: the share of answers that never ended."""
+    row = {}
+    answers = 0
+    ended = 0
+    for name, problems in eval_sets(n).items():
+        texts, ids, _ = respond(model, problems)
+        answers += len(ids)
+        ended += (ids == data.EOS).any(1).sum().item()
+        verdicts = [data.verify(problem, text) for problem, text in zip(problems, texts)]
+        row[name] = mean(verdict.strict for verdict in verdicts)
+        row[f"{name}_any"] = mean(verdict.any for verdict in verdicts)
+        if name == "ood":
+            half = [data.fingerprint(problem.hand) % 2 for problem in problems]
+            row["ood_a"] = mean(v.strict for v, h in zip(verdicts, half) if h == 0)
+            row["ood_b"] = mean(v.strict for v, h in zip(verdicts, half) if h == 1)
+    row["truncated"] = 1 - ended / answers
+    return row
+
+
+@torch.no_grad()
+def entropy(model, problems):
+    """Nats a token on the model's own samples at temperature 1, over the whole vocabulary."""
+    _, ids, mask = respond(model, problems, 1, 1.0, generator(model.device, "entropy"))
     logp = response_logits(model, ids, mask).float().log_softmax(-1)         # (N, V)
-    # H = - sum_v pi(v) log pi(v), exact, averaged over sampled tokens
-    row["entropy"] = -(logp.exp() * logp).sum(-1).mean().item()
-    ids, mask = (t.to(dev) for t in data.demonstrations(128, "held out", "eval"))
-    y, (logits, base_logits) = ids[:, 1:][mask[:, 1:]], (
-        response_logits(m, ids, mask) for m in (model, base))
-    logp, p = token_logprobs(logits, y), token_logprobs(base_logits, y).exp()    # (N,)
-    return row | dict(nll=-logp.mean().item(), kl_base=kl_exact(base_logits, logits).mean().item(),
-                      logp_low=logp[p < 0.1].mean().item(), logp_high=logp[p > 0.9].mean().item())
+    # H = - sum_v pi(v) log pi(v), averaged over sampled tokens
+    return -(logp.exp() * logp).sum(-1).mean().item()
+
+
+@torch.no_grad()
+def on_demonstrations(model, base):
+    """Nats a token on held-out demonstrations: nll; kl_base = KL(base || pi) (the forward KL of
+    2509.04259); log pi where the base gives p < .1 (logp_low) or p > .9 (logp_high)."""
+    ids, mask = data.demonstrations(128, "held out", "eval")
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    targets = response_targets(ids, mask)                                    # (N,)
+    logits = response_logits(model, ids, mask)                               # (N, V)
+    base_logits = response_logits(base, ids, mask)                           # (N, V)
+    logp = token_logprobs(logits, targets)                                   # (N,)
+    base_p = token_logprobs(base_logits, targets).exp()                      # (N,)
+    return dict(nll=-logp.mean().item(),
+                kl_base=kl_exact(base_logits, logits).mean().item(),
+                logp_low=logp[base_p < 0.1].mean().item(),
+                logp_high=logp[base_p > 0.9].mean().item())
+
+
+def evaluate(model, base, n):
+    """All that a row says of a model, a dict of floats; n as in eval_sets. FloatingPointError if
+    the model gives no finite log-probabilities."""
+    row = accuracies(model, n)
+    row["entropy"] = entropy(model, eval_sets(n)["id"][:128])
+    row.update(on_demonstrations(model, base))
+    if not math.isfinite(row["nll"]):
+        raise FloatingPointError(f"nll is {row['nll']}: try a lower learning rate")
+    return row
+
 
 def principal_angles(W0, W1, k):
     """Angles in radians, ascending, between the top-k singular subspaces of two matrices (m, n).
     -> left (k,), right (k,), on the CPU in float64."""
-    U0, _, V0 = torch.linalg.svd(W0.cpu().double(), full_matrices=False)
-    U1, _, V1 = torch.linalg.svd(W1.cpu().double(), full_matrices=False)
+    U0, _, Vh0 = torch.linalg.svd(W0.cpu().double(), full_matrices=False)
+    U1, _, Vh1 = torch.linalg.svd(W1.cpu().double(), full_matrices=False)
     # theta_i = arccos sigma_i(U0_k^T U1_k), the same with V              2509.12235, SVD analysis
-    left = torch.linalg.svdvals(U0[:, :k].T @ U1[:, :k]).clamp(max=1).arccos()
-    right = torch.linalg.svdvals(V0[:k] @ V1[:k].T).clamp(max=1).arccos()
-    return left, right
+    left = torch.linalg.svdvals(U0[:, :k].T @ U1[:, :k])
+    right = torch.linalg.svdvals(Vh0[:k] @ Vh1[:k].T)
+    return left.clamp(max=1).arccos(), right.clamp(max=1).arccos()
+
 
 def singular_value_shift(W0, W1):
     """Relative change of each singular value from W0 to W1, largest first: (min(m, n),) float64."""
+    s0 = torch.linalg.svdvals(W0.cpu().double())
+    s1 = torch.linalg.svdvals(W1.cpu().double())
     # (s_1 - s_0) / s_0                                                2509.12235, SVD analysis
-    s0, s1 = torch.linalg.svdvals(W0.cpu().double()), torch.linalg.svdvals(W1.cpu().double())
     return (s1 - s0) / s0
+
 
 def restore_directions(W0, W1, k=None):
     """W1 with its k leading singular vectors, both sides, replaced by those of W0 (k None: all) and
     its own singular values kept, (m, n). With W0 and W1 swapped it restores the values alone."""
-    U0, _, V0 = torch.linalg.svd(W0.cpu().double(), full_matrices=False)
-    U, s1, V = torch.linalg.svd(W1.cpu().double(), full_matrices=False)
+    U0, _, Vh0 = torch.linalg.svd(W0.cpu().double(), full_matrices=False)
+    U, s1, Vh = torch.linalg.svd(W1.cpu().double(), full_matrices=False)
     # W' = [U_0,k | U_1,rest] diag(S_1) [V_0,k | V_1,rest]^T                 2509.12235, restoration
-    U[:, :k], V[:k] = U0[:, :k], V0[:k]
-    return (U * s1 @ V).to(W1)
+    U[:, :k] = U0[:, :k]
+    Vh[:k] = Vh0[:k]
+    return (U * s1 @ Vh).to(W1)
+
 
 def representation_drift(layers0, layers1):
     """Lists, one entry a layer, of the same n texts' mean hidden states (n, C) in two models.
     -> (PCA centroid distance, mean shift). The first is paper 1's code: project on the first two
     principal components of layers0, average over texts, then layers, whose arbitrary signs may
     cancel. The second has no such fault: the mean over layers of || mean(h1) - mean(h0) ||."""
-    points, shifts = [], []
+    points = []
+    distances = []
     for h0, h1 in zip(layers0, layers1):
-        _, _, V = torch.linalg.svd(h0 - h0.mean(0), full_matrices=False)
-        shifts.append(h1.mean(0) - h0.mean(0))                               # (C,)
-        points.append(shifts[-1] @ V[:2].T)                                  # (2,)
-    return torch.stack(points).mean(0).norm().item(), mean(s.norm().item() for s in shifts)
+        _, _, Vh = torch.linalg.svd(h0 - h0.mean(0), full_matrices=False)
+        shift = h1.mean(0) - h0.mean(0)                                      # (C,)
+        points.append(Vh[:2] @ shift)                                        # (2,)
+        distances.append(shift.norm().item())
+    return torch.stack(points).mean(0).norm().item(), mean(distances)
+
 
 def gradient_norm_by_probability(model, ids, mask, per_bin=20):
     """Paper 1's analysis: the L2 norm of the gradient of -log pi (all parameters) of single
     response tokens of ids, mask (B, T), by their probability in ten bins, [0, .1) first; with a
     clean gradient for each token (its code subtracts accumulated norms).
     -> list of ten (tokens in the bin, mean norm of up to per_bin of them; nan without any)."""
-    p = response_logprobs(model, ids, mask)[mask[:, 1:]].exp().detach()
-    where, bins, out = mask[:, 1:].nonzero(), (p * 10).long().clamp(max=9), []
+    with torch.no_grad():
+        p = response_logprobs(model, ids, mask)[mask[:, 1:]].exp()           # (N,)
+    places = mask[:, 1:].nonzero()                                           # (N, 2): row, t
+    bins = (p * 10).long().clamp(max=9)                                      # (N,)
+    found = []
     for b in range(10):
-        mine = (bins == b).nonzero()[:, 0].cpu()
-        drawn = mine[torch.randperm(len(mine), generator=generator("cpu", "bins", b))[:per_bin]]
+        tokens = (bins == b).nonzero()[:, 0].cpu()
+        order = torch.randperm(len(tokens), generator=generator("cpu", "bins", b))
         norms = []
-        for row, t in where[drawn].tolist():
-            z = model.lm_head(model.hidden(ids[row:row + 1, :t + 1])[0, -1])
-            # of the logits z it is softmax(z) - e_y, of norm 1 - p to sqrt 2 (1 - p)
-            grads = torch.autograd.grad(-token_logprobs(z, ids[row, t + 1]), model.parameters())
+        for row, t in places[tokens[order[:per_bin]]].tolist():
+            logits = model.lm_head(model.hidden(ids[row:row + 1, :t + 1])[0, -1])    # (V,)
+            # with respect to the logits it is softmax(logits) - e_y, of norm 1 - p to sqrt 2 (1 - p)
+            nll = -token_logprobs(logits, ids[row, t + 1])
+            grads = torch.autograd.grad(nll, list(model.parameters()))
             norms.append(math.sqrt(sum(g.pow(2).sum().item() for g in grads)))
-        out.append((len(mine), mean(norms)))
-    return out
+        found.append((len(tokens), mean(norms)))
+    return found
+
 
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
         2.145, 2.131, 2.120, 2.110, 2.101, 2.093]    # Student's t, two-sided 95 %, df 1, 2, ...
 
-def mean(xs):
-    """The mean of any iterable; nan of none."""
-    return statistics.fmean(x) if (x := list(xs)) else math.nan
 
-def interval(xs, t=T_95):
+def mean(values):
+    """Of any iterable; nan of none."""
+    values = list(values)
+    if len(values) == 0:
+        return math.nan
+    return statistics.fmean(values)
+
+
+def interval(values, t=T_95):
     """One value a seed -> (mean, half the width of Student's interval); infinite below two."""
-    n = len(xs)
+    n = len(values)
     if n < 2:
-        return mean(xs), math.inf
-    # beyond the table a little too wide
-    return mean(xs), t[min(n - 2, len(t) - 1)] * statistics.stdev(xs) / math.sqrt(n)
+        return mean(values), math.inf
+    df = min(n - 1, len(t))    # beyond the table a little too wide
+    return mean(values), t[df - 1] * statistics.stdev(values) / math.sqrt(n)
+
 
 def peak(curve):
     """The row of the OOD peak: picked on half a of the OOD set; its `ood` is that of half b."""
-    best = max(curve, key=lambda r: r["ood_a"])
+    best = max(curve, key=lambda row: row["ood_a"])
     return best | dict(ood=best["ood_b"])
+
 
 def first_at(curve, level):
     """The first row of a run with ID accuracy of at least level, or None. Two methods are compared
     there (matched ID): at equal updates the one that learns more slowly would also forget less."""
-    return next((r for r in curve if r["id"] >= level), None)
+    for row in curve:
+        if row["id"] >= level:
+            return row
+    return None
+
 
 # ================================================================= below: what it takes to report
-# Of a row, step counts SFT updates: 0 for the base; where stage is "rl" those before RL.
+# A row: seed, method, stage (base, sft, rl), step (SFT updates; of rl those before RL), numbers.
 COLUMNS = dict(id="ID", ood="OOD", ood_any="OOD any", explained="explain", prior="M R D C",
-               entropy="entropy", clip_frac="clipped")    # OOD any: in any format
+               entropy="entropy", clip_frac="clipped")
+LEGEND = """accuracies, greedy: ID, the rules of SFT; OOD, the same hands under an unseen rule; OOD any, the
+last number alone; explain, E under that rule; M R D C, other abilities. entropy: nats a token.
+clipped: the share of tokens past the bound in the last K updates."""
+COMPARED = ("id", "ood", "ood_any", "explained", "prior")
 
-def table(rows):
-    """[(label, row), ...] -> text, a line each."""
-    return "\n".join([" " * 32 + "".join(f"{c:>9}" for c in COLUMNS.values())] + [label.ljust(
-        32) + "".join(f"{row.get(k, 0.0):9.3f}" for k in COLUMNS) for label, row in rows])
 
-def name_of(row, what=""):
-    step = f", step {row['step']:.0f}" * (row["method"] != "base")
-    return row["method"] + what + step + ", then RL" * (row["stage"] == "rl")
+def write_json(path, content):
+    """Written beside its place and then renamed: a file that is there is whole."""
+    temporary(path).write_text(json.dumps(content, allow_nan=False))
+    temporary(path).replace(path)
 
-def average(rows):
-    """The mean of each number over a list of dicts, beside the words of the first."""
-    return {k: v if isinstance(v, str) else mean(r[k] for r in rows) for k, v in rows[0].items()}
-
-def curves_of(rows):
-    """-> {method: {seed: rows of SFT in the order of their steps}}."""
-    out = {}
-    for r in rows:
-        if r["stage"] == "sft":
-            out.setdefault(r["method"], {}).setdefault(r["seed"], []).append(r)
-    return out
-
-def summary(rows):
-    """-> [(label, mean row), ...]: base; peak, last step and starts of RL of each method; RL."""
-    curves, groups = curves_of(rows), {}
-    healed = {(r["method"], r["step"]) for r in rows if r["stage"] == "rl"}
-    for r in rows:
-        m, curve = r["method"], curves.get(r["method"], {}).get(r["seed"])
-        if r["stage"] == "sft" and r is curve[0]:
-            groups.setdefault((m, "peak"), []).append(peak(curve))
-        if r["stage"] != "sft" or (m, r["step"]) in healed or r is curve[-1]:
-            groups.setdefault((m, r["step"], r["stage"]), []).append(r)
-    means = ((key, average(rs)) for key, rs in groups.items())
-    return [(name_of(r, ", OOD peak" * ("peak" in key)), r) for key, r in means]
-
-def compare(rows):
-    """Text: differences to sft and to clip, paired by seed: same base, same data, same order."""
-    keys, curves, lines = ("ood", "ood_any", "explained", "prior"), curves_of(rows), []
-    for where, at in (("at the end", lambda curve: curve[-1]),
-                      ("at ID .95", lambda curve: first_at(curve, 0.95))):
-        for m, ref in [(m, ref) for ref in ("sft", "clip") if ref in curves for m in curves]:
-            pairs = [(at(curves[m][s]), at(curves[ref][s])) for s in {*curves[m]} & {*curves[ref]}]
-            pairs = [(a, b) for a, b in pairs if a and b]
-            if pairs and m not in (ref, "sft"):
-                ci = [interval([a[k] - b[k] for a, b in pairs]) for k in keys]
-                lines.append(f"{m} - {ref}, {where}".ljust(43) + f"{len(pairs):4d}" + "".join(
-                    f"{d:+8.3f} +-{half:5.3f}" for d, half in ci).replace("+-  inf", " " * 7))
-    head = "paired differences, mean +- 95 %".ljust(43) + "   n" + "".join(
-        f"{COLUMNS[k]:>15}" for k in keys)
-    return "\n".join(["", head, *lines] if lines else [])
-
-def draw(ax, points, color, **style):
-    """A line through the means of points {x: [a value a seed]}, with its 95 % band."""
-    means, halves = torch.tensor([interval(v) for v in points.values()]).T
-    ax.plot(list(points), means, color=color, **style)
-    if halves.isfinite().all():
-        ax.fill_between(list(points), means - halves, means + halves, color=color, alpha=0.15, lw=0)
-
-def by_step(rows, method, key, stage="sft"):
-    """-> {step: [the value of key of each seed]}; of SFT with the base at 2, for a log scale."""
-    out = {}
-    for r in rows:
-        if (r["method"], r["stage"]) == (method, stage) or r["stage"] == "base" and stage == "sft":
-            out.setdefault(r["step"] or 2, []).append(r[key])
-    return out
-
-def summary_figure(fig, rows):
-    """ID, OOD and prior abilities over SFT updates, of the first four methods; arrows: RL."""
-    panels = (("id", "ID: J = Q = K = 10 or 14"), ("ood", "OOD: J, Q, K = 11, 12, 13"),
-              ("prior", "prior abilities: M, R, D, C"))
-    axes, names = fig.subplots(1, 3, sharey=True), ["base", *curves_of(rows)]
-    colors = ("black", "#d1495b", "#2e86ab", "#66a182", "#edae49")
-    for ax, (key, title) in zip(axes, panels):
-        for m, color, shift in zip(names, colors, (1, 0.96, 1.04, 0.92, 1.08)):
-            points = by_step(rows, m, key)
-            if m != "base":
-                draw(ax, points, color, label=m, marker=".")
-            for s, ends in by_step(rows, m, key, "rl").items():
-                ax.annotate("", (s * shift, mean(ends)), (s * shift, mean(points[s])),
-                            arrowprops=dict(arrowstyle="-|>", color=color))
-        ax.set(title=title, xlabel="SFT updates (log scale)", xscale="log", ylim=(-0.03, 1.03))
-        ax.set_xticks([2, 4, 8, 16, 32, 64, 128, 300], ["base", 4, 8, 16, 32, 64, 128, 300])
-        ax.minorticks_off()
-        ax.grid(alpha=0.25)
-    axes[0].set_ylabel("accuracy, greedy decoding")
-    axes[0].legend(loc="lower right", frameon=False, title="arrow: GRPO on ID prompts")
 
 def read_json(path):
-    """A JSON file of a run folder, or BadInput."""
+    """ValueError names a file that is damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise BadInput(f"error: cannot read {path} ({e}); delete it and run the same command again")
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
 
-def read_rows(run):
-    """The rows of a run folder's cells, in order; without bases that have no SFT."""
-    rows = [r for p in sorted((Path(run) / "cells").glob("*.json")) for r in read_json(p)]
-    used, first = {r["seed"] for r in rows if r["stage"] == "sft"}, ["base", "sft", "clip"]
-    if not used:
-        raise BadInput(f"error: {run} holds no fine-tuned checkpoint yet")
-    order = first + sorted({r["method"] for r in rows}.difference(first))
-    return sorted([r for r in rows if r["seed"] in used], key=lambda r: (
-        r["seed"], order.index(r["method"]), r["step"], r["stage"] == "rl"))
 
-def save_figure(path, draw_into, *args, size=(13, 4.4)):
-    try:    # an optional extra may fail in any way
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure
-    except Exception as e:
-        return print(f"no figures: matplotlib does not work here ({ascii(e)})")
-    draw_into(fig := matplotlib.figure.Figure(size, layout="tight"), *args)
-    with atomic(path) as tmp:
-        fig.savefig(tmp, dpi=100, format="png")
-    print(f"figure: {ascii(str(path))}")
+def finite(value):
+    """JSON has no NaN and no infinity: None stands for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
-def report(run):
-    """Tables, metrics.jsonl and summary.png of a run folder, from its cells."""
-    run, rows = Path(run), read_rows(run)
-    with atomic(run / "metrics.jsonl") as tmp:
-        tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    print(f"\n{table(summary(rows))}\n{compare(rows)}")
-    save_figure(run / "summary.png", summary_figure, rows)
+
+def read_rows(run, suffix=""):
+    """All rows of a run folder, in the order of their seeds; suffix is added to each method."""
+    rows = []
+    for path in sorted(Path(run).glob("s*-*.json")):
+        for row in read_json(path)["rows"]:
+            numbers = {key: math.nan if value is None else value for key, value in row.items()}
+            if row["method"] != "base":
+                numbers["method"] += suffix
+            rows.append(numbers)
+    return sorted(rows, key=lambda row: row["seed"])
+
+
+def average(rows):
+    """The mean of each number over a list of rows, beside the words of the first."""
+    out = {}
+    for key, value in rows[0].items():
+        out[key] = value if isinstance(value, str) else mean(row[key] for row in rows)
+    return out
+
+
+def run_of(rows, method, seed, stage="sft"):
+    """The rows of one run, in the order of their steps."""
+    mine = [r for r in rows if (r["method"], r["seed"], r["stage"]) == (method, seed, stage)]
+    return sorted(mine, key=lambda row: row["step"])
+
+
+def row_at(rows, step):
+    for row in rows:
+        if row["step"] == step:
+            return row
+    return None
+
+
+def seeds_of(rows):
+    return sorted({row["seed"] for row in rows})
+
+
+def methods_of(rows):
+    """sft first, the base not among them."""
+    names = sorted({row["method"] for row in rows if row["method"] != "base"})
+    if "sft" in names:
+        names.remove("sft")
+        names.insert(0, "sft")
+    return names
+
+
+def steps_of(rows, method, stage):
+    return sorted({r["step"] for r in rows if r["method"] == method and r["stage"] == stage})
+
+
+def header():
+    titles = "".join(f"{title:>9}" for title in COLUMNS.values())
+    return f"{'':32}{titles}"
+
+
+def line(row, label=""):
+    """One row as one line of text."""
+    if not label:
+        label = f"seed {row['seed']} {row['method']}, step {row['step']}"
+        if row["stage"] == "rl":
+            label += ", then RL"
+    cells = ""
+    for key in COLUMNS:
+        cells += f"{row[key]:9.3f}" if key in row else f"{'-':>9}"
+    return f"{label:32}{cells}"
+
+
+def summary(rows):
+    """Lines of text, means over seeds, n of them: the base, each method's OOD peak and last step,
+    what RL starts from and ends in."""
+    lines = [f"{header()}    n"]
+
+    def add(found, label):
+        found = [row for row in found if row is not None]
+        if found:
+            lines.append(f"{line(average(found), label)}{len(found):5d}")
+    add([row for row in rows if row["stage"] == "base"], "base")
+    add([row for row in rows if row["method"] == "base" and row["stage"] == "rl"], "base, then RL")
+    for method in methods_of(rows):
+        curves = [run_of(rows, method, seed) for seed in seeds_of(rows)]
+        curves = [curve for curve in curves if curve]
+        healed = [row for row in rows if row["method"] == method and row["stage"] == "rl"]
+        add([peak(curve) for curve in curves], f"{method}, OOD peak")
+        last = max(steps_of(rows, method, "sft"))
+        for step in sorted({last, *steps_of(rows, method, "rl")}):
+            add([row_at(curve, step) for curve in curves], f"{method}, step {step}")
+            add([row for row in healed if row["step"] == step], f"{method}, step {step}, then RL")
+    return "\n".join(lines)
+
+
+def paired_differences(rows, method, reference, pick):
+    """For each metric the list, over seeds, of method minus reference in the row that
+    pick(rows, method, seed) finds: same base, same data, same order. Seeds in which either has no
+    such row are left out."""
+    differences = {key: [] for key in COMPARED}
+    for seed in seeds_of(rows):
+        mine = pick(rows, method, seed)
+        other = pick(rows, reference, seed)
+        if mine is None or other is None:
+            continue
+        for key in COMPARED:
+            differences[key].append(mine[key] - other[key])
+    return differences
+
+
+def pick_end(rows, method, seed):
+    curve = run_of(rows, method, seed)
+    return curve[-1] if curve else None
+
+
+def pick_matched(rows, method, seed):
+    return first_at(run_of(rows, method, seed), 0.95)
+
+
+def pick_rl(step):
+    """-> a pick of what RL makes of the checkpoint at this step."""
+    def pick(rows, method, seed):
+        return row_at(run_of(rows, method, seed, "rl"), step)
+    return pick
+
+
+def compare(rows):
+    """Lines of text: differences to sft and to clip, paired by seed."""
+    methods = methods_of(rows)
+    references = [name for name in ("sft", "clip") if name in methods] or methods[:1]
+    picks = {"at the end": pick_end, "at ID .95": pick_matched}
+    for step in sorted({row["step"] for row in rows if row["stage"] == "rl"}):
+        picks[f"RL from {step}"] = pick_rl(step)
+    titles = "".join(f"{COLUMNS[key]:>17}" for key in COMPARED)
+    lines = [f"{'paired differences, mean +- 95 %':40}   n{titles}"]
+    for where, pick in picks.items():
+        for reference in references:
+            for method in methods:
+                if method in (reference, "sft"):
+                    continue
+                differences = paired_differences(rows, method, reference, pick)
+                n = len(differences["ood"])
+                if n == 0:
+                    continue
+                cells = ""
+                for values in differences.values():
+                    middle, half = interval(values)
+                    width = f"+-{half:6.3f}" if n > 1 else ""    # one seed has no interval
+                    cells += f"{middle:+9.3f}{width:8}"
+                lines.append(f"{f'{method} - {reference}, {where}':40}{n:4d}{cells}")
+    return "\n".join(lines)
+
+
+def by_step(rows, method, stage, key):
+    """-> steps, means over seeds, halves of the 95 % interval (0 with one seed)."""
+    steps = steps_of(rows, method, stage)
+    means = []
+    halves = []
+    for step in steps:
+        mine = [r for r in rows if (r["method"], r["stage"], r["step"]) == (method, stage, step)]
+        middle, half = interval([row[key] for row in mine])
+        means.append(middle)
+        halves.append(half if math.isfinite(half) else 0)
+    return steps, means, halves
+
+
+def draw_band(ax, steps, means, halves, **style):
+    """A line with its interval -> its colour."""
+    drawn = ax.plot(steps, means, **style)
+    low = [m - h for m, h in zip(means, halves)]
+    high = [m + h for m, h in zip(means, halves)]
+    ax.fill_between(steps, low, high, color=drawn[0].get_color(), alpha=0.15, linewidth=0)
+    return drawn[0].get_color()
+
+
+def figure(rows, path):
+    """ID, OOD and prior abilities over SFT updates, means over seeds with their 95 % band; a
+    triangle: what RL makes of the checkpoint below or above it."""
+    import matplotlib.backends.backend_agg    # no display is needed
+    import matplotlib.figure
+    fig = matplotlib.figure.Figure((13, 4.4), layout="tight")
+    axes = fig.subplots(1, 3, sharey=True)
+    titles = dict(id="ID: J = Q = K = 10 or 14", ood="OOD: J, Q, K = 11, 12, 13",
+                  prior="prior abilities: M, R, D, C")
+    for ax, (key, title) in zip(axes, titles.items()):
+        for method in methods_of(rows):
+            color = draw_band(ax, *by_step(rows, method, "sft", key), marker=".", label=method)
+            steps, means, _ = by_step(rows, method, "rl", key)
+            if steps:
+                ax.plot(steps, means, "^", color=color, label=f"{method}, then RL")
+        ax.set(title=title, xlabel="SFT updates", xscale="log", ylim=(-0.03, 1.03))
+        ax.grid(alpha=0.25)
+    axes[0].set_ylabel("accuracy, greedy decoding")
+    axes[0].legend(loc="lower right", frameon=False)
+    fig.savefig(path, dpi=100)
+
+
+def report(runs, show=print):
+    """Tables of one run folder or several; metrics.jsonl and summary.png into the first."""
+    rows = read_rows(runs[0])
+    for run in runs[1:]:
+        more = read_rows(run, f" ({Path(run).name})")
+        rows += [row for row in more if row["method"] != "base"]
+    if not methods_of(rows):
+        raise ValueError(f"{runs[0]} holds no finished job")
+    out = Path(runs[0])
+    if len(runs) == 1:
+        lines = []
+        for row in rows:
+            lines.append(json.dumps({key: finite(value) for key, value in row.items()}))
+        temporary(out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        temporary(out / "metrics.jsonl").replace(out / "metrics.jsonl")
+        figure(rows, out / "summary.png")
+    show(f"\n{LEGEND}\n\n{summary(rows)}")
+    if len(methods_of(rows)) > 1:
+        show(f"\n{compare(rows)}")
+    if len(runs) == 1:
+        show(f"\nrows: {out / 'metrics.jsonl'}, figure: {out / 'summary.png'}")
+
 
 if __name__ == "__main__":
-    report(sys.argv[1] if sys.argv[1:] else "runs/main")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders; the first is the reference")
+    report(parser.parse_args().runs)

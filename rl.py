@@ -6,13 +6,12 @@ Shapes: P prompts, G responses a prompt, B = P * G rows, T tokens.
 """
 import copy
 import random
-from dataclasses import dataclass
 
 import torch
 
 import data
-from eval import respond
-from model import adamw, arg, generator, response_logprobs, trim, update
+from model import adamw, generator, response_logprobs, set_lr, trim, update
+
 
 def clipped_surrogate(logp, old_logp, adv, eps_low, eps_high):
     """Per-token PPO objective, to be maximised. logp, old_logp (B, T), adv broadcasts, -> (B, T).
@@ -24,15 +23,33 @@ def clipped_surrogate(logp, old_logp, adv, eps_low, eps_high):
     # min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)               PPO eq. 7; two bounds: DAPO eq. 8
     return torch.min(ratio * adv, ratio.clamp(1 - eps_low, 1 + eps_high) * adv)
 
+
+def is_clipped(logp, old_logp, adv, eps_low, eps_high):
+    """Where clipped_surrogate has no gradient: the ratio is too high for a token with adv > 0, too
+    low for one with adv < 0. Arguments as there -> (B, T) bool."""
+    ratio = (logp - old_logp).exp()
+    too_high = (adv > 0) & (ratio > 1 + eps_high)
+    too_low = (adv < 0) & (ratio < 1 - eps_low)
+    return too_high | too_low
+
+
 def group_advantage(rewards, scale="std"):
     """rewards (P, G) float -> advantages (P, G). A group without spread teaches nothing: exactly 0.
     scale 'std': GRPO, the unbiased one as in TRL and verl; 'none': Dr. GRPO."""
     # A_i = R_i - mean(R)                                                      Dr. GRPO 2503.20783
     adv = rewards - rewards.mean(1, keepdim=True)
-    if scale == "std" and rewards.shape[1] > 1:
+    if scale == "std":
         # A_i = (R_i - mean(R)) / std(R)                                GRPO 2402.03300 sec. 4.1.2
         adv = adv / rewards.std(1, keepdim=True).clamp(min=1e-6)
-    return adv * (rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True))
+    elif scale != "none":
+        raise ValueError(f"scale is 'std' or 'none', not {scale!r}")
+    return torch.where(has_spread(rewards)[:, None], adv, 0.0)
+
+
+def has_spread(rewards):
+    """Of which groups the rewards differ: (P, G) -> (P,) bool."""
+    return rewards.amax(1) > rewards.amin(1)
+
 
 def masked_mean(x, mask, how="token", budget=1):
     """Scalar mean of x (B, T) where mask (B, T) is not 0; of nothing it is 0, not NaN.
@@ -45,7 +62,10 @@ def masked_mean(x, mask, how="token", budget=1):
         return x.sum() / mask.sum().clamp(min=1)
     if how == "sequence":
         return (x.sum(1) / mask.sum(1).clamp(min=1)).mean()
-    return x.sum() / (len(x) * budget)
+    if how == "constant":
+        return x.sum() / (len(x) * budget)
+    raise ValueError(f"a mean is 'token', 'sequence' or 'constant', not {how!r}")
+
 
 def kl_k3(logp, ref_logp):
     """Schulman's k3 estimate of KL(pi || ref) at tokens sampled from pi, (B, T) -> (B, T) nats:
@@ -54,84 +74,78 @@ def kl_k3(logp, ref_logp):
     log_ratio = (ref_logp - logp).clamp(-20, 20)
     return torch.expm1(log_ratio) - log_ratio
 
-def micro_batches(mask, how, n):
-    """Cut a batch into n runs of rows, short ones together: yields (rows, share); the sum of share
-    * masked_mean(x[rows], mask[rows], how) is masked_mean(x, mask, how), and so is its gradient."""
-    mask = mask.bool()
-    order = ((n > 1) * mask.cumsum(1).argmax(1)).argsort(stable=True)    # n = 1: as they are
-    for rows in order.chunk(n):
-        share = mask[rows].sum() / mask.sum().clamp(min=1) if how == "token" else \
-            len(rows) / len(mask)
-        yield rows, share
 
-@dataclass
-class RLConfig:
-    rl_steps: int = arg(20, "GRPO steps", gt=0)
-    rl_lr: float = arg(1e-4, "GRPO learning rate, after 5 warm-up steps", gt=0)
-    rl_prompts: int = arg(32, "prompts a GRPO step (P)", gt=0)
-    rl_group: int = arg(8, "responses a prompt (G)", gt=1)
-    rl_updates: int = arg(4, "updates a GRPO step, each on its share of the rollouts", gt=0)
-    rl_eps_low: float = arg(0.2, "GRPO clip below: 1 - eps_low", gt=0, lt=1)
-    rl_eps_high: float = arg(0.28, "GRPO clip above: 1 + eps_high (DAPO's clip-higher)", gt=0)
-    adv_scale: str = arg("std", "divisor of the advantage (GRPO, Dr. GRPO)", ("std", "none"))
-    kl_coef: float = arg(0.0, "weight of the KL to the policy that RL starts from", ge=0)
-    temperature: float = arg(1.0, "of sampling and of scoring alike", gt=0)
-    aggregate: str = arg("token", "mean, see masked_mean", ("token", "sequence", "constant"))
-    grad_accum: int = arg(1, "micro-batches an update, for memory; same gradient", gt=0)
-    eval_n: int = arg(400, "held-out problems of each kind", ge=16)
-    seed: int = arg(0, "first random seed", ge=0)
-    device: str = arg("cpu", "runs on", ("cpu", "cuda"))
+def respond(model, problems, n=1, temperature=0.0, noise=None):
+    """Let the model answer each problem n times, all at once; temperature 0 is greedy.
+    -> B = n * len(problems) texts without <eos>, ids (B, T), mask (B, T) True at sampled tokens."""
+    prompts = torch.tensor([data.encode(problem.prompt) for problem in problems])
+    ids, mask = model.generate(prompts.to(model.device), data.MAX_NEW, data.EOS, data.PAD, n,
+                               temperature, noise)
+    texts = []
+    for row, row_mask in zip(ids.tolist(), mask.tolist()):
+        said = [token for token, kept in zip(row, row_mask) if kept and token != data.EOS]
+        texts.append(data.decode(said))
+    return texts, ids, mask
+
 
 def rollout(model, c, step, seed):
     """Sample c.rl_group responses to c.rl_prompts fresh ID problems of the rl split.
-    -> ids (B, T), mask (B, T) True at sampled tokens, rewards (P, G), truncated fraction."""
+    -> ids (B, T), mask (B, T) True at sampled tokens, rewards (P, G) on the CPU."""
     rng = random.Random(f"{seed}/rl/{step}")
     problems = [data.draw(rng, "rl", rules=data.ID_RULES) for _ in range(c.rl_prompts)]
-    noise = generator(next(model.parameters()).device, seed, "rollout", step)
+    noise = generator(model.device, seed, "rollout", step)
     texts, ids, mask = respond(model, problems, c.rl_group, c.temperature, noise)
-    rewards = torch.tensor([float(data.verify(problems[i // c.rl_group], text).strict)
-                            for i, text in enumerate(texts)]).view(c.rl_prompts, c.rl_group)
-    return ids, mask, rewards, 1 - (ids == data.EOS).any(1).float().mean().item()
+    rewards = []
+    for i, text in enumerate(texts):
+        problem = problems[i // c.rl_group]    # the responses to a problem are neighbours
+        rewards.append(float(data.verify(problem, text).strict))
+    return ids, mask, torch.tensor(rewards).view(c.rl_prompts, c.rl_group)
 
-def grpo_step(model, opts, c, step, seed, ref=None):
-    """One rollout and c.rl_updates updates. -> dict of statistics. `ref` is needed for kl_coef."""
-    ids, mask, rewards, truncated = rollout(model, c, step, seed)
+
+def grpo_step(model, opt, c, step, seed, ref):
+    """One rollout and c.rl_updates updates of `model` in place. ref: the policy that the KL is to.
+    -> dict of statistics."""
+    ids, mask, rewards = rollout(model, c, step, seed)
+    spread = has_spread(rewards)                                             # (P,)
     adv = group_advantage(rewards, c.adv_scale)                              # (P, G)
-    useful = rewards.amax(1) > rewards.amin(1)                               # (P,)
-    stats = dict(reward=rewards.mean().item(), rollout_truncated=truncated,
-                 zero_spread=1 - useful.float().mean().item(), clip_frac=0.0)
-    if not useful.any() and not c.kl_coef:
-        return stats                              # nothing to learn from: counted, not hidden
-    # Groups without spread have no policy gradient: they are not even scored, and the means below
-    # are over the rows left (DAPO's filter; it also refills the batch). A KL term acts on all.
-    scored = (useful | (c.kl_coef > 0)).repeat_interleave(c.rl_group).to(ids.device)    # (B,)
-    ids, mask = trim(ids[scored], mask[scored])
-    adv = adv.flatten().to(ids.device)[scored][:, None]                      # (B, 1)
+    stats = dict(reward=rewards.mean().item(), clip_frac=0.0,
+                 zero_spread=(~spread).float().mean().item(),
+                 truncated=1 - (ids == data.EOS).any(1).float().mean().item())
+    if c.kl_coef == 0:
+        # Groups without spread have no gradient: they are left out, and the means below are over
+        # the rows that are left (DAPO's filter; it also refills the batch). A KL acts on all rows.
+        if not spread.any():
+            return stats
+        kept = spread.repeat_interleave(c.rl_group).to(ids.device)           # (B,)
+        ids, mask = trim(ids[kept], mask[kept])
+        adv = adv[spread]
+    adv = adv.view(-1, 1).to(ids.device)                                     # (B, 1)
     with torch.no_grad():    # by the very forward pass that trains, at sampling temperature
         old_logp = response_logprobs(model, ids, mask, c.temperature)        # (B, T-1)
-        ref_logp = response_logprobs(ref, ids, mask, c.temperature) if c.kl_coef else None
+        if c.kl_coef > 0:
+            ref_logp = response_logprobs(ref, ids, mask, c.temperature)      # (B, T-1)
+    set_lr(opt, c.rl_lr * min(1, (step + 1) / 5))    # warmed up over five steps
     order = torch.randperm(len(ids), generator=generator("cpu", seed, "rl-order", step))
-    clipped = tokens = 0
-    for batch in order.to(ids.device).tensor_split(c.rl_updates):
-        for rows, share in micro_batches(mask[batch], c.aggregate, c.grad_accum):
-            rows = batch[rows]
-            m = mask[rows, 1:]                                               # (B, T-1)
-            logp = response_logprobs(model, ids[rows], mask[rows], c.temperature)
-            gain = clipped_surrogate(logp, old_logp[rows], adv[rows], c.rl_eps_low, c.rl_eps_high)
-            if c.kl_coef:
-                gain = gain - c.kl_coef * kl_k3(logp, ref_logp[rows])
-            (-share * masked_mean(gain, m, c.aggregate, data.MAX_NEW)).backward()
-            # A token is clipped where its gradient is gone: r too high for A > 0, too low for A < 0
-            r, a = (logp.detach() - old_logp[rows]).exp(), adv[rows]
-            off = (a > 0) & (r > 1 + c.rl_eps_high) | (a < 0) & (r < 1 - c.rl_eps_low)
-            clipped += (off & m).sum().item()
-            tokens += m.sum().item()
-        update(model, opts, min(1, (step + 1) / 5))
-    return stats | dict(clip_frac=clipped / tokens)
+    clipped = torch.zeros_like(mask[:, 1:])                                  # (B, T-1)
+    for rows in order.to(ids.device).tensor_split(min(c.rl_updates, len(ids))):
+        logp = response_logprobs(model, ids[rows], mask[rows], c.temperature)
+        old, a = old_logp[rows], adv[rows]                                   # (b, T-1), (b, 1)
+        gain = clipped_surrogate(logp, old, a, c.rl_eps_low, c.rl_eps_high)
+        if c.kl_coef > 0:
+            gain = gain - c.kl_coef * kl_k3(logp, ref_logp[rows])
+        loss = -masked_mean(gain, mask[rows, 1:], c.aggregate, data.MAX_NEW)
+        loss.backward()
+        update(model, opt)
+        clipped[rows] = is_clipped(logp.detach(), old, a, c.rl_eps_low, c.rl_eps_high)
+    stats["clip_frac"] = masked_mean(clipped.float(), mask[:, 1:]).item()
+    return stats
+
 
 def grpo(model, c, seed):
-    """Run GRPO on `model` in place: yields (step, statistics) after each of c.rl_steps steps."""
-    opts = adamw(model, c.rl_lr)
-    ref = copy.deepcopy(model) if c.kl_coef else None
+    """Run GRPO on `model` in place: yields statistics after each of c.rl_steps steps."""
+    opt = adamw(model, c.rl_lr)
+    ref = None
+    if c.kl_coef > 0:
+        ref = copy.deepcopy(model).requires_grad_(False)
     for step in range(c.rl_steps):
-        yield step + 1, grpo_step(model, opts, c, step, seed, ref)
+        yield grpo_step(model, opt, c, step, seed, ref)
