@@ -218,7 +218,12 @@ METHODS = {
     "dft": dict(loss="dft"),
     "kl": dict(loss="kl"),
     "sft-slow": dict(loss="sft", lr=1e-4),
+    "sft-slower": dict(loss="sft", lr=3e-5),
+    "sft-long": dict(loss="sft", steps=1200),
+    "sft-three-passes": dict(loss="sft", old_every=24, passes=3),
     "clip-slow": dict(loss="clip", lr=1e-4),
+    "clip-long": dict(loss="clip", steps=1200),
+    "clip-every-24": dict(loss="clip", old_every=24),
     "clip-tight": dict(loss="clip", eps_high=0.1),
     "clip-unbounded": dict(loss="clip", eps_high=math.inf),
     "clip-frozen": dict(loss="clip", old_every=10 ** 9),    # the base stays the old policy

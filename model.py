@@ -225,8 +225,11 @@ def response_logprobs(model, ids, mask, temperature=1.0):
 
 
 def trim(ids, mask):
-    """Drop the columns behind the longest row of ids, mask (B, T)."""
-    last = mask.any(0).nonzero().max().item()
+    """Drop the columns behind the longest row of ids, mask (B, T); none if the mask is empty."""
+    used = mask.any(0).nonzero()                                             # (columns, 1)
+    if len(used) == 0:
+        return ids, mask
+    last = used.max().item()
     return ids[:, :last + 1], mask[:, :last + 1]
 
 
