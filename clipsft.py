@@ -100,7 +100,7 @@ def finetune(model, base, ids, mask, c, seed):
         # Every K updates the model as it stands becomes the old policy. The K / passes batches
         # until the next refresh are passed over `passes` times: paper 3 once, paper 1 three times.
         old = copy.deepcopy(model).requires_grad_(False)
-        fresh = [next(stream) for _ in range(c.old_every // c.passes)]
+        fresh = [next(stream) for _ in range(min(c.old_every // c.passes, c.steps))]
         for rows in fresh * c.passes:
             batch_ids, batch_mask = trim(ids[rows], mask[rows])
             batch_ids, batch_mask = batch_ids.to(model.device), batch_mask.to(model.device)
@@ -226,7 +226,7 @@ METHODS = {
     "clip-every-24": dict(loss="clip", old_every=24),
     "clip-tight": dict(loss="clip", eps_high=0.1),
     "clip-unbounded": dict(loss="clip", eps_high=math.inf),
-    "clip-frozen": dict(loss="clip", old_every=10 ** 9),    # the base stays the old policy
+    "clip-frozen": dict(loss="clip", old_every=100000),    # the base stays the old policy
     "clip-paper1": dict(loss="clip", old_every=24, passes=3, eps_high=0.5),
     "sft-skip-low": dict(loss="sft", skip="low"),
     "sft-skip-random": dict(loss="sft", skip="random"),
