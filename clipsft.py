@@ -323,8 +323,7 @@ def job_settings(c, method):
     settings = asdict(c)
     for name in ("out_dir", "base_from", "methods", "seed", "seeds"):
         del settings[name]
-    with_rl = method in c.rl_methods or (method == "base" and len(c.rl_methods) > 0)
-    settings["rl_methods"] = [method] if with_rl else []
+    settings["rl_methods"] = [method] if method in c.rl_methods else []
     settings["rl_from"] = list(c.rl_from)
     settings["task"] = task_fingerprint(c)
     return {name: ev.finite(value) for name, value in settings.items()}
@@ -366,10 +365,7 @@ def run_base(c, seed):
     row = dict(seed=seed, method="base", stage="base", step=0)
     row.update(ev.evaluate(base, base, c.eval_n))
     show(ev.line(row))
-    rows = [row]
-    if c.rl_methods and c.rl_from:
-        rows.append(run_rl(c, seed, "base", 0, base, base))
-    return rows
+    return [row, run_rl(c, seed, "base", 0, base, base)]
 
 
 def run_method(c, seed, method):

@@ -87,7 +87,8 @@ def fingerprint(words):
 def split_of(hand):
     """'eval', 'rl' or 'train', by what the cards are worth if J=Q=K=10, in any order: 7 J 3 K and
     3 10 7 Q have the same sums then, so no evaluation hand has those of a hand in training."""
-    tenth = fingerprint("10" if card in FACES else card for card in hand) % 10
+    worths = ["10" if card in FACES else card for card in hand]
+    tenth = fingerprint(worths) % 10
     if tenth < 3:
         return "eval"
     if tenth < 5:
@@ -134,9 +135,15 @@ def expert(problem, rng, p_word=0.3):
 
 def truth(problem):
     """The one right response to M, R, D or C."""
-    values = problem.values
-    answers = {"M": [max(values)], "R": problem.hand[::-1], "D": values, "C": sorted(values)}
-    return " ".join(str(word) for word in answers[problem.op])
+    if problem.op == "R":
+        return " ".join(reversed(problem.hand))
+    if problem.op == "M":
+        numbers = [max(problem.values)]
+    elif problem.op == "D":
+        numbers = problem.values
+    else:
+        numbers = sorted(problem.values)
+    return " ".join(str(number) for number in numbers)
 
 
 def base_document(rng):

@@ -88,10 +88,10 @@ def evaluate(model, base, n):
     """All that a row says of a model, a dict of floats; n as in eval_sets. FloatingPointError if
     the model gives no finite log-probabilities."""
     row = accuracies(model, n)
-    row["entropy"] = entropy(model, eval_sets(n)["id"][:128])
     row.update(on_demonstrations(model, base))
     if not math.isfinite(row["nll"]):
         raise FloatingPointError(f"nll is {row['nll']}: try a lower learning rate")
+    row["entropy"] = entropy(model, eval_sets(n)["id"][:128])
     return row
 
 

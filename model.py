@@ -43,9 +43,11 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, start:start + T] = k
             cache[1, :, :, start:start + T] = v
-            k, v = cache[:, :, :, :start + T]
-        # One new token sees all that the cache holds, so only a whole prompt needs the causal mask
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)    # (B, H, T, D)
+            k = cache[0, :, :, :start + T]
+            v = cache[1, :, :, :start + T]
+        # One new token sees all that the cache holds: only a whole prompt needs the causal mask.
+        whole = start == 0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=whole)         # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -134,7 +136,8 @@ class GPT(nn.Module):
             raise ValueError(f"prompt {P} + response {max_new} exceed block_size {c.block_size}")
         ids = torch.full((n * len(prompts), S), pad, device=self.device)
         ids[:, :P] = prompts.repeat_interleave(n, 0)
-        live = torch.arange(len(ids), device=self.device)    # numbers of the rows still decoding
+        # Rows still decoding: their numbers; token, done, x and the cache have a place for each.
+        live = torch.arange(len(ids), device=self.device)
         done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
         with self.autocast():
             cache = self.empty_cache(len(prompts), S)
@@ -145,7 +148,8 @@ class GPT(nn.Module):
                 ids[live, t] = token
                 done = done | (token == eos)
                 # Drop the finished rows once they are many. A look waits for the device: rarely.
-                if (t - P) % 4 == 3 and done.float().mean() > 0.2:
+                look = (t - P) % 4 == 3
+                if look and done.float().mean() > 0.2:
                     keep = (~done).nonzero()[:, 0]
                     live = live[keep]
                     token = token[keep]
@@ -202,7 +206,8 @@ def response_logits(model, ids, mask):
     """Logits only where a loss needs them: ids, mask (B, T) -> (N, V) at the N response tokens, in
     row order. Position t predicts token t+1, hence the shift."""
     with model.autocast():
-        return model.lm_head(model.hidden(ids)[:, :-1][mask[:, 1:]])
+        x = model.hidden(ids)[:, :-1]                                        # (B, T-1, C)
+        return model.lm_head(x[mask[:, 1:]])
 
 
 def response_targets(ids, mask):

@@ -25,8 +25,8 @@ def clipped_surrogate(logp, old_logp, adv, eps_low, eps_high):
 
 
 def is_clipped(logp, old_logp, adv, eps_low, eps_high):
-    """Where clipped_surrogate has no gradient: the ratio is too high for a token with adv > 0, too
-    low for one with adv < 0. Arguments as there -> (B, T) bool."""
+    """Which tokens are past the bound, where clipped_surrogate gives no gradient: the ratio too high
+    for a token with adv > 0, too low for one with adv < 0. Arguments as there -> (B, T) bool."""
     ratio = (logp - old_logp).exp()
     too_high = (adv > 0) & (ratio > 1 + eps_high)
     too_low = (adv < 0) & (ratio < 1 - eps_low)
@@ -110,7 +110,7 @@ def grpo_step(model, opt, c, step, seed, ref):
     adv = group_advantage(rewards, c.adv_scale)                              # (P, G)
     stats = dict(reward=rewards.mean().item(), clip_frac=0.0,
                  zero_spread=(~spread).float().mean().item(),
-                 truncated=1 - (ids == data.EOS).any(1).float().mean().item())
+                 truncated=1 - (ids == data.EOS).any(1).float().mean().item())    # none in prompts
     if c.kl_coef == 0:
         # Groups without spread have no gradient: they are left out, and the means below are over
         # the rows that are left (DAPO's filter; it also refills the batch). A KL acts on all rows.
@@ -119,7 +119,7 @@ def grpo_step(model, opt, c, step, seed, ref):
         kept = spread.repeat_interleave(c.rl_group).to(ids.device)           # (B,)
         ids, mask = trim(ids[kept], mask[kept])
         adv = adv[spread]
-    adv = adv.view(-1, 1).to(ids.device)                                     # (B, 1)
+    row_adv = adv.view(-1, 1).to(ids.device)                                 # (B, 1)
     with torch.no_grad():    # by the very forward pass that trains, at sampling temperature
         old_logp = response_logprobs(model, ids, mask, c.temperature)        # (B, T-1)
         if c.kl_coef > 0:
@@ -127,16 +127,17 @@ def grpo_step(model, opt, c, step, seed, ref):
     set_lr(opt, c.rl_lr * min(1, (step + 1) / 5))    # warmed up over five steps
     order = torch.randperm(len(ids), generator=generator("cpu", seed, "rl-order", step))
     clipped = torch.zeros_like(mask[:, 1:])                                  # (B, T-1)
-    for rows in order.to(ids.device).tensor_split(min(c.rl_updates, len(ids))):
+    updates = min(c.rl_updates, len(ids))
+    for rows in order.to(ids.device).tensor_split(updates):
         logp = response_logprobs(model, ids[rows], mask[rows], c.temperature)
-        old, a = old_logp[rows], adv[rows]                                   # (b, T-1), (b, 1)
-        gain = clipped_surrogate(logp, old, a, c.rl_eps_low, c.rl_eps_high)
+        others = (old_logp[rows], row_adv[rows], c.rl_eps_low, c.rl_eps_high)
+        gain = clipped_surrogate(logp, *others)
         if c.kl_coef > 0:
             gain = gain - c.kl_coef * kl_k3(logp, ref_logp[rows])
         loss = -masked_mean(gain, mask[rows, 1:], c.aggregate, data.MAX_NEW)
         loss.backward()
         update(model, opt)
-        clipped[rows] = is_clipped(logp.detach(), old, a, c.rl_eps_low, c.rl_eps_high)
+        clipped[rows] = is_clipped(logp.detach(), *others)
     stats["clip_frac"] = masked_mean(clipped.float(), mask[:, 1:]).item()
     return stats
 
