@@ -96,6 +96,11 @@ def training_batch(c):
     return ids.to(c.device), mask.to(c.device)
 
 
+def decoding_prompts(c, ids):
+    """One prompt for each group of rows: (c.decode / group_size, prompt_length)."""
+    return ids[:1, :prompt_length(c)].repeat(c.decode // group_size(c), 1)
+
+
 def next_tokens(ids, mask):
     """What nanoGPT calls targets: the next token, -1 where nothing is trained. (B, T) -> (B, T)"""
     return torch.where(mask, ids, -1).roll(-1, 1)
@@ -211,7 +216,7 @@ def all_work(c, net):
     """-> {name: function}, in the order of the report. net: transformers_model, or None."""
     model = GPT(GPTConfig(**size_of(c), bf16=c.bf16 > 0)).to(c.device)
     ids, mask = training_batch(c)
-    prompts = ids[:1, :prompt_length(c)].repeat(c.decode // group_size(c), 1)
+    prompts = decoding_prompts(c, ids)
     work = rates(c, dtype_of(c))
     work["train, plain loop"] = train_plain(c, model, ids, mask)
     if c.nanogpt:
