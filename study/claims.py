@@ -459,7 +459,7 @@ def claims_on_rl(rows):
                     gain_by_rl(rows, "ood", "sft", starts),
                     beside="clip", beside_effects=gain_by_rl(rows, "ood", "clip", starts))
     yield Claim("bound", "2", "but not beyond the early peak",
-                "SFT's peak minus RL's best end from updates 16 on",
+                f"SFT's peak minus RL's best end from updates {MIDDLE[0]} on",
                 peak - values(rows, "ood_b", "sft", best_after_rl(MIDDLE + LATE)),
                 beside="from any start", beside_effects=peak - best)
     first = values(rows, "ood", "sft", after_rl(STARTS[0]))
