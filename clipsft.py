@@ -365,7 +365,10 @@ def run_base(c, seed):
     row = dict(seed=seed, method="base", stage="base", step=0)
     row.update(ev.evaluate(base, base, c.eval_n))
     show(ev.line(row))
-    return [row, run_rl(c, seed, "base", 0, base, base)]
+    rows = [row]
+    if c.rl_from:
+        rows.append(run_rl(c, seed, "base", 0, base, base))
+    return rows
 
 
 def run_method(c, seed, method):
