@@ -1,289 +1,537 @@
+"""What is measured and what is reported: by hand, by plain loops, by numerical integration."""
 import copy
 import json
 import math
-import os
+import runpy
 import statistics
-import subprocess
 import sys
 import zlib
 
+import matplotlib.figure
 import pytest
 import torch
+from conftest import gpt2
 
 import data
 import eval as ev
-from model import BadInput, generator
+from model import generator
 
 near = pytest.approx
 
+
+# ---- spectra: a matrix (6, 5) of known singular values and vectors
+def orthogonal(n, seed):
+    noise = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, n, dtype=torch.double, generator=noise))[0]
+
+
 def rotation(n, i, j, angle):
+    """A turn by an angle in the plane of two axes."""
     R = torch.eye(n, dtype=torch.double)
-    R[i, i] = R[j, j] = math.cos(angle)
-    R[i, j], R[j, i] = -math.sin(angle), math.sin(angle)
+    R[i, i] = math.cos(angle)
+    R[j, j] = math.cos(angle)
+    R[i, j] = -math.sin(angle)
+    R[j, i] = math.sin(angle)
     return R
 
-torch.manual_seed(0)
-U, V = (torch.linalg.qr(torch.randn(k, k, dtype=torch.double))[0] for k in (6, 5))
-S = torch.tensor([8.0, 5, 3, 2, 1], dtype=torch.double)
-W = U[:, :5] * S @ V.T
 
-def matrix(U=U, s=S, V=V):    # of known singular values and vectors
-    return U[:, :5] * s @ V.T
+U = orthogonal(6, 1)
+V = orthogonal(5, 2)
+S = torch.tensor([8.0, 5.0, 3.0, 2.0, 1.0], dtype=torch.double)
 
-def test_principal_angles_of_planar_rotations():
-    # the second left vector turned by 0.3 towards the sixth, which is outside the top 2
-    left, right = ev.principal_angles(W, matrix(U @ rotation(6, 1, 5, 0.3)), 2)
-    assert (left.tolist(), right.tolist()) == (near([0, 0.3], abs=1e-6), near([0, 0], abs=1e-6))
-    left, right = ev.principal_angles(W, matrix(V=V @ rotation(5, 0, 4, 0.7)), 1)
-    assert (left.item(), right.item()) == near((0, 0.7), abs=1e-6)
-    # other values of the same order, turns within the subspace, a cosine above 1: no angle
-    other = matrix(s=S * torch.tensor([1.5, 1.1, 1.2, 0.9, 0.3]))
-    for same, k in ((other, 3), (matrix(U @ rotation(6, 0, 1, 0.5)), 2), (W, 5)):
-        assert max(a.max() for a in ev.principal_angles(W, same, k)) < 1e-6
 
-def test_singular_value_shift_of_a_scaled_spectrum():
-    scaled = matrix(s=S * torch.tensor([1.1, 1, 1, 1, 0.5]))
-    assert ev.singular_value_shift(W, scaled).tolist() == near([0.1, 0, 0, 0, -0.5], abs=1e-6)
-    # a device may have no float64: to the CPU first, then to double
-    device = type("Device", (), dict(cpu=lambda self: W.float()))()
-    assert ev.singular_value_shift(device, device).dtype == torch.float64
-    assert ev.principal_angles(device, device, 2)[0].dtype == torch.float64
+def matrix(left=U, values=S, right=V):
+    return left[:, :5] @ values.diag() @ right.T
 
-def test_restore_directions():
-    turned = V @ rotation(5, 2, 3, 0.2)
-    late = matrix(U @ rotation(6, 1, 5, 0.3), 2 * S, turned)
-    for W0, W1, k, expected in (
-            (W, late, None, 2 * W), (late, W, None, late / 2),    # own values; swapped: old values
-            (W, late, 1, late), (W, late, 2, matrix(s=2 * S, V=turned))):    # the second turned
-        assert torch.allclose(ev.restore_directions(W0, W1, k), expected)
-    assert ev.restore_directions(W, W.float()).dtype == torch.float32
 
-def test_drift_by_hand():
-    # four texts: PCA axes x, then y. Where layer 2 shifts against layer 1 the centroids cancel.
-    h = torch.tensor([[-1.0, 0, 0], [1, 0, 0], [0, 0.1, 0], [0, -0.1, 0]])
-    x, z = torch.tensor([0.5, 0, 0]), torch.tensor([0, 0, 2.0])
-    for before, after, pca, plain in (
-            ([h, h], [h + x, h + x], 0.5, 0.5), ([h, h], [h + x, h - x], 0, 0.5),
-            ([h], [h + z], 0, 2),    # PCA sees two directions only, those of the spread:
-            ([h + 9], [h + 9 + torch.tensor([0.3, 0.4, 5])], 0.5, 25.25 ** 0.5),
-            ([h + torch.tensor([1.0, 2, 9])], [h], 5 ** 0.5, 86 ** 0.5)):
-        assert ev.representation_drift(before, after) == near((pca, plain), abs=1e-4)
+def test_a_turned_left_vector_gives_its_angle():
+    turned = matrix(left=U @ rotation(6, 1, 5, 0.3))    # the second, out of the top 2
+    left, right = ev.principal_angles(matrix(), turned, 2)
+    assert left.tolist() == near([0, 0.3], abs=1e-6)
+    assert right.tolist() == near([0, 0], abs=1e-6)
 
-def test_gradient_norms_of_each_token_by_its_probability(tiny):
-    tiny.transformer.ln_f.weight.data.mul_(8)      # sure of itself: tokens in all ten bins
-    ids, mask = tiny.generate(torch.arange(8)[:, None], 9, -1, data.PAD, 14, 1.0,
-                               torch.Generator().manual_seed(0))
-    mask = mask & (torch.arange(10) > 3)
-    p = tiny(ids).softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[:, :, 0]
-    bins = [[(i, t) for i, t in mask[:, 1:].nonzero().tolist() if b <= 10 * p[i, t] < b + 1]
-            for b in range(10)]
-    two, out = (ev.gradient_norm_by_probability(tiny, ids, mask, *n) for n in ((2,), ()))
-    assert [n for n, _ in two] == [n for n, _ in out] == [*map(len, bins)]
-    for b, found, k in ((0, two, 2), (4, two, 2), (9, two, 2), (9, out, 20)):
-        order = torch.randperm(len(bins[b]), generator=generator("cpu", "bins", b))
-        grads = [torch.autograd.grad(p[bins[b][n]].log(), [*tiny.parameters()], retain_graph=True)
-                 for n in order[:k]]
-        norms = [torch.cat([g.flatten() for g in grad]).norm().item() for grad in grads]
-        assert len(norms) == k and found[b][1] == near(statistics.fmean(norms), rel=1e-3)
-    assert math.isnan(ev.gradient_norm_by_probability(tiny, ids[:1, :6], mask[:1, :6])[9][1])
+
+def test_a_turned_right_vector_gives_its_angle():
+    turned = matrix(right=V @ rotation(5, 0, 4, 0.7))
+    left, right = ev.principal_angles(matrix(), turned, 1)
+    assert left.tolist() == near([0], abs=1e-6)
+    assert right.tolist() == near([0.7], abs=1e-6)
+
+
+@pytest.mark.parametrize("other, k", [
+    (matrix(values=S * torch.tensor([1.5, 1.1, 1.2, 0.9, 0.3])), 3),
+    (matrix(left=U @ rotation(6, 0, 1, 0.5)), 2),
+    (matrix(), 5)])
+def test_other_values_and_turns_within_the_subspace_are_no_angle(other, k):
+    left, right = ev.principal_angles(matrix(), other, k)
+    assert left.tolist() == near([0] * k, abs=1e-6)
+    assert right.tolist() == near([0] * k, abs=1e-6)
+
+
+def test_singular_values_shift_relative_to_the_first_matrix():
+    scaled = matrix(values=S * torch.tensor([1.1, 1, 1, 1, 0.5]))
+    assert ev.singular_value_shift(matrix(), scaled).tolist() == near([0.1, 0, 0, 0, -0.5])
+
+
+LATE_RIGHT = V @ rotation(5, 2, 3, 0.2)    # beyond the second direction
+LATE = matrix(left=U @ rotation(6, 1, 5, 0.3), values=2 * S, right=LATE_RIGHT)
+
+
+@pytest.mark.parametrize("before, after, k, expected", [
+    (matrix(), LATE, None, matrix(values=2 * S)),
+    (LATE, matrix(), None, LATE / 2),    # swapped: the old values in the new directions
+    (matrix(), LATE, 1, LATE),           # the first was not turned
+    (matrix(), LATE, 2, matrix(values=2 * S, right=LATE_RIGHT))])
+def test_restoring_directions_keeps_the_values(before, after, k, expected):
+    assert torch.allclose(ev.restore_directions(before, after, k), expected)
+
+
+# ---- drift: four texts whose principal axes are x, then y
+H = torch.tensor([[-1.0, 0, 0], [1, 0, 0], [0, 0.1, 0], [0, -0.1, 0]])
+X = torch.tensor([0.5, 0, 0])
+Z = torch.tensor([0, 0, 2.0])
+OFF = torch.tensor([1.0, 2, 9])
+
+
+@pytest.mark.parametrize("before, after, centroid, shift", [
+    ([H, H], [H + X, H + X], 0.5, 0.5),
+    ([H, H], [H + X, H - X], 0, 0.5),       # layer 2 against layer 1: the centroids cancel
+    ([H], [H + Z], 0, 2),                   # across the first two directions of the spread
+    ([H + OFF], [H], 5 ** 0.5, 86 ** 0.5)])
+def test_drift_by_hand(before, after, centroid, shift):
+    assert ev.representation_drift(before, after) == near((centroid, shift), abs=1e-4)
+
+
+# ---- gradient norms
+@pytest.fixture
+def sure(tiny):
+    """A model sure enough of itself for tokens in all ten bins, and samples of it."""
+    tiny.transformer.ln_f.weight.data.mul_(8)
+    noise = torch.Generator().manual_seed(0)
+    ids, mask = tiny.generate(torch.arange(8)[:, None], 9, -1, data.PAD, 14, 1.0, noise)
+    mask[:, :4] = False
+    return tiny, ids, mask
+
+
+def tokens_of_bin(model, ids, mask, b):
+    """The places (row, t) of response tokens t + 1 of probability b/10 to (b+1)/10, and log p."""
+    logp = gpt2(model, ids).log_softmax(-1)
+    places = []
+    for i, t in mask[:, 1:].nonzero().tolist():
+        p = logp[i, t, ids[i, t + 1]].exp().item()
+        if b / 10 <= p < (b + 1) / 10:
+            places.append((i, t))
+    return places, logp
+
+
+def test_gradient_norm_counts_tokens_by_their_probability(sure):
+    found = ev.gradient_norm_by_probability(*sure, per_bin=1)
+    counts = [len(tokens_of_bin(*sure, b)[0]) for b in range(10)]
+    assert [n for n, _ in found] == counts
+    assert min(counts) > 0
+
+
+@pytest.mark.parametrize("b, per_bin", [(0, 2), (4, 2), (9, 3)])
+def test_gradient_norm_of_single_tokens_by_float64_gradients(sure, b, per_bin):
+    model, ids, mask = sure
+    found = ev.gradient_norm_by_probability(model, ids, mask, per_bin)
+    places, logp = tokens_of_bin(model, ids, mask, b)
+    order = torch.randperm(len(places), generator=generator("cpu", "bins", b)).tolist()
+    norms = []
+    for n in order[:per_bin]:
+        i, t = places[n]
+        parameters = list(model.parameters())
+        grads = torch.autograd.grad(logp[i, t, ids[i, t + 1]], parameters, retain_graph=True)
+        norms.append(math.sqrt(sum(grad.pow(2).sum().item() for grad in grads)))
+    assert found[b][1] == near(statistics.fmean(norms), rel=1e-3)
+
+
+def test_a_bin_without_tokens_has_no_norm(sure):
+    model, ids, mask = sure
+    found = ev.gradient_norm_by_probability(model, ids[:1, :6], mask[:1, :6])
+    empty = [math.isnan(norm) for n, norm in found if n == 0]
+    assert len(empty) >= 8
+    assert all(empty)
+
+
+# ---- statistics
+def test_mean_by_hand():
+    assert ev.mean(x for x in (1, 2, 6)) == 3
+    assert math.isnan(ev.mean([]))
+
+
+def test_interval_by_hand():
+    # mean 2, s = 1, n = 3: t = 4.303 with two degrees of freedom
+    assert ev.interval([1.0, 2.0, 3.0]) == near((2, 4.303 / math.sqrt(3)))
+    assert ev.interval([0.0, 2.0], [5.0]) == near((1, 5))
+
+
+def test_one_seed_has_no_interval():
+    assert ev.interval([1.0]) == (1, math.inf)
+
+
+def test_many_seeds_take_the_last_t_of_the_table():
+    values = [0.0, 1.0] * 15
+    assert ev.interval(values)[1] == near(2.093 * statistics.stdev(values) / math.sqrt(30))
+
 
 def coverage(x, df, n=20000):
-    """Of Student's t within +-x, by the midpoint rule over u, t = sqrt(df) tan u."""
+    """Of Student's t within +-x, by the midpoint rule over u, where t = sqrt(df) tan u."""
     end = math.atan(x / math.sqrt(df))
-    cos = torch.cos((torch.arange(n).double() + 0.5) / n * end)
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    return 2 * scale * end * (cos ** (df - 1)).mean().item()
+    u = (torch.arange(n).double() + 0.5) / n * end
+    density = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    return 2 * density * end * (torch.cos(u) ** (df - 1)).mean().item()
 
-def test_mean_and_interval_by_hand():
-    assert ev.mean(x for x in (1, 2, 6)) == 3 and math.isnan(ev.mean([]))
-    assert ev.interval([1.0]) == (1, math.inf) and math.isnan(ev.interval([])[0])
-    assert ev.interval([0.0, 2.0], [5.0]) == near((1, 5))     # s / sqrt n = 1
-    for n, t in ((2, 12.706), (3, 4.303), (10, 2.262), (20, 2.093), (30, 2.093)):
-        xs = [math.sin(i) for i in range(n)]
-        assert ev.interval(xs) == near((statistics.fmean(xs), t * statistics.stdev(xs) / n ** 0.5))
-    for df, t in enumerate(ev.T_95, 1):      # right to the last digit
+
+def test_table_of_t_covers_95_percent_to_the_last_digit():
+    assert len(ev.T_95) == 19
+    for df, t in enumerate(ev.T_95, 1):
         assert coverage(t - 6e-4, df) < 0.95 < coverage(t + 6e-4, df)
-    assert df == 19
 
-def test_respond_gives_each_problem_n_texts_without_eos(tiny):
-    problems = [data.Problem("S", (10, 10, 10), ("7", "K", "3", c)) for c in "234"]
-    tiny.transformer.ln_f.weight.data.mul_(8)
-    tiny.lm_head.weight.data[data.EOS] *= 2.5      # some answers end, at different places
-    texts, ids, mask = ev.respond(tiny, problems, 16, 1.0, torch.Generator().manual_seed(0))
-    for i, (text, row, m) in enumerate(zip(texts, ids, mask, strict=True)):
-        assert row[:10].tolist() == data.encode(problems[i // 16].prompt) and not m[:10].any()
-        assert text == data.decode([t for t in row[m].tolist() if t != data.EOS])
-    assert len(texts) == 48 and len({m.sum().item() for m in mask}) > 3
-    twice, once = ev.respond(tiny, problems, 2)[0], ev.respond(tiny, problems)[0]    # greedy
-    assert twice[::2] == twice[1::2] == once
 
-def test_eval_sets_are_fixed_and_ask_the_same_hands_under_two_rules():
+# ---- what a row says of a model
+def test_eval_sets_ask_the_same_hands_under_two_rules():
     sets = ev.eval_sets(40)
-    assert {p.rule for p in sets["id"]} == {(10, 10, 10), (14, 14, 14)}
-    for a, b, c in zip(sets["id"], sets["ood"], sets["explained"]):
-        assert a.hand == b.hand == c.hand and (a.op, b.op, c.op) == ("S", "S", "E")
-        assert b.rule == c.rule == (11, 12, 13)
-    assert "".join(p.op for p in sets["prior"]) == "MRDC" * 10 and len(sets["ood"]) == 40
-    assert len({p.rule for p in sets["prior"]}) > 20
-    assert all(data.split_of(p.hand) == "eval" for s in sets.values() for p in s)
+    for asked, ood, explained in zip(sets["id"], sets["ood"], sets["explained"], strict=True):
+        assert asked.op == "S" and asked.rule in data.ID_RULES
+        assert ood == asked._replace(rule=data.OOD_RULE)
+        assert explained == ood._replace(op="E")
+
+
+def test_eval_sets_ask_for_prior_abilities_in_turn():
+    prior = ev.eval_sets(40)["prior"]
+    assert "".join(problem.op for problem in prior) == "MRDC" * 10
+    assert len({problem.rule for problem in prior}) > 20
+
+
+def test_eval_hands_are_of_the_held_out_split():
+    problems = [problem for some in ev.eval_sets(40).values() for problem in some]
+    assert {data.split_of(problem.hand) for problem in problems} == {"eval"}
+
+
+def test_eval_sets_are_the_same_in_every_process():
+    before = ev.eval_sets(40)
     ev.eval_sets.cache_clear()
-    assert ev.eval_sets(40) == sets and ev.eval_sets(16)["id"] == sets["id"][:16]
+    assert ev.eval_sets(40) == before
 
-def scripted(p, i):    # the answer of a made-up model to problem i of its set; None: never ends
-    right, terse = data.chain(p.values), data.terse(p.values)
-    if p.rule in data.ID_RULES:       # all right, terse, the wrong total, cut off
-        return [right, terse, right[:-1], None][i % 4]
-    half = zlib.crc32(" ".join(sorted(p.hand)).encode()) % 2
-    return dict(M=str(max(p.values)), E=terse, S=terse if half else right).get(p.op, "0")
 
-def test_evaluate_by_plain_loops(tiny):
-    """Accuracies of a model whose answers are scripted; the rest from its probabilities."""
-    asked, sampled = [p for s in ev.eval_sets(160).values() for p in s], []
-    said = [scripted(p, i % 160) for i, p in enumerate(asked)]
+def half_of(problem):
+    return zlib.crc32(" ".join(sorted(problem.hand)).encode()) % 2
 
-    def generate(prompts, max_new, eos, pad, n, temperature, noise):
-        if temperature:
-            sampled.append((prompts.tolist(), n, temperature))
-            return tiny.generate(prompts, max_new, eos, pad, n, temperature, noise)
-        ids, mask = data.batch([(p.prompt, t or "0 " * 27) for p, t in zip(asked, said)])
-        ids[torch.tensor([t is None for t in said]), 37] = 0     # no EOS
-        assert prompts.tolist() == ids[:, :10].tolist()
-        return ids, mask
-    model, base = copy.deepcopy(tiny), copy.deepcopy(tiny)
-    model.generate = generate
-    base.transformer.ln_f.weight.data.mul_(3)      # of '+' it is .1 to .99 sure
+
+def answer(name, i, problem):
+    """Of a made-up model to problem i of a set; None is one that never ends."""
+    right = data.chain(problem.values)
+    if name == "id":    # right, terse, a wrong total, cut off
+        return [right, data.terse(problem.values), f"{right} 0", None][i % 4]
+    if name == "ood":
+        return right if half_of(problem) == 0 else data.terse(problem.values)
+    if name == "explained":
+        return data.terse(problem.values)
+    return str(max(problem.values)) if problem.op == "M" else "0"
+
+
+@pytest.fixture
+def scored(tiny, monkeypatch):
+    """Accuracies of a model whose answers are scripted, 80 of each set."""
+    names = iter(ev.eval_sets(80))
+
+    def respond(model, problems):
+        name = next(names)
+        texts = [answer(name, i, problem) for i, problem in enumerate(problems)]
+        pairs = [(problem.prompt, text or "0") for problem, text in zip(problems, texts)]
+        ids, mask = data.batch(pairs)
+        for row, text in enumerate(texts):
+            if text is None:
+                ids[row][ids[row] == data.EOS] = 0
+        return [text or "0" for text in texts], ids, mask
+    monkeypatch.setattr(ev, "respond", respond)
+    return ev.accuracies(tiny, 80)
+
+
+def test_strict_accuracies_of_scripted_answers(scored):
+    assert (scored["id"], scored["explained"], scored["prior"]) == (0.25, 0, 0.25)
+
+
+def test_accuracies_of_the_last_number_of_scripted_answers(scored):
+    assert (scored["id_any"], scored["explained_any"], scored["ood_any"]) == (0.5, 1, 1)
+
+
+def test_halves_of_the_ood_set_are_told_apart_by_the_cards(scored):
+    assert (scored["ood_a"], scored["ood_b"]) == (1, 0)
+    assert 0.3 < scored["ood"] < 0.7
+
+
+def test_truncated_answers_are_those_without_eos(scored):
+    assert scored["truncated"] == near(20 / 320)
+
+
+def test_entropy_on_own_samples_by_float64(tiny):
+    problems = ev.eval_sets(8)["id"]
+    prompts = torch.tensor([data.encode(problem.prompt) for problem in problems])
+    noise = torch.Generator().manual_seed(zlib.crc32(b"('entropy',)"))
+    ids, mask = tiny.generate(prompts, data.MAX_NEW, data.EOS, data.PAD, 1, 1.0, noise)
+    p = gpt2(tiny, ids).softmax(-1)
+    terms = [-(p[i, t] * p[i, t].log()).sum().item() for i, t in mask[:, 1:].nonzero().tolist()]
+    assert ev.entropy(tiny, problems) == near(statistics.fmean(terms), rel=1e-5)
+
+
+@pytest.fixture
+def wary(tiny):
+    """Another base: of '+' it is .1 to .99 sure, so tokens lie in both classes."""
+    base = copy.deepcopy(tiny)
+    base.transformer.ln_f.weight.data.mul_(3)
     base.transformer.ln_f.bias.data += 14 * base.lm_head.weight[data.encode("+")[0]]
-    row = ev.evaluate(model, base, 160)
-    for name, numbers in dict(id=(0.25, 0.5), explained=(0, 1), prior=(0.25, 0.25)).items():
-        assert (row[name], row[f"{name}_any"]) == numbers
-    assert (row["ood_a"], row["ood_b"], row["truncated"]) == (1, 0, near(40 / 640))
-    assert 0.3 < row["ood"] < 0.7 and row["ood_any"] == 1 and len(row) == 16
-    # entropy: own samples at temperature 1 for the first 128 ID problems
-    assert sampled == [([data.encode(p.prompt) for p in asked[:128]], 1, 1.0)]
-    ids, mask = tiny.generate(torch.tensor(sampled[0][0]), 28, data.EOS, data.PAD, 1, 1.0,
-                              generator("cpu", "entropy"))
-    p = tiny(ids).detach().double().softmax(-1)[:, :-1][mask[:, 1:]]
-    assert row["entropy"] == near(statistics.fmean(-(q * q.log()).sum().item() for q in p))
+    return base
+
+
+def test_nats_on_demonstrations_by_float64(tiny, wary):
     ids, mask = data.demonstrations(128, "held out", "eval")
-    ps = zip(*(m(ids).detach().double().softmax(-1)[:, :-1][mask[:, 1:]] for m in (tiny, base)))
-    logp, kl, low, high = [], [], [], []
-    for y, (p, b) in zip(ids[:, 1:][mask[:, 1:]], ps):
-        logp.append(math.log(p[y]))
-        kl.append((b * (b / p).log()).sum().item())
-        if not 0.1 <= b[y] <= 0.9:
-            (low if b[y] < 0.1 else high).append(logp[-1])
-    assert [-row["nll"], *(row[k] for k in ("kl_base", "logp_low", "logp_high"))] == near(
-        [*map(statistics.fmean, (logp, kl, low, high))], rel=1e-4)
+    targets = ids[:, 1:][mask[:, 1:]][:, None]
+    logp = gpt2(tiny, ids).detach().log_softmax(-1)[:, :-1][mask[:, 1:]]
+    base_logp = gpt2(wary, ids).detach().log_softmax(-1)[:, :-1][mask[:, 1:]]
+    said = logp.gather(1, targets)
+    base_p = base_logp.gather(1, targets).exp()
+    kl = (base_logp.exp() * (base_logp - logp)).sum(1)
+    expected = dict(nll=-said.mean().item(), kl_base=kl.mean().item(),
+                    logp_low=said[base_p < 0.1].mean().item(),
+                    logp_high=said[base_p > 0.9].mean().item())
+    assert ev.on_demonstrations(tiny, wary) == near(expected, rel=1e-4)
 
-def row(**kw):
-    return dict(seed=0, method="sft", stage="sft", step=1, id=0.5, ood=0.5, ood_a=0.5, ood_b=0.5,
-                ood_any=0.5, explained=0.5, prior=1.0, entropy=0.1) | kw
 
-def test_peak_and_first_row_at_a_level_by_hand():
-    """The peak is picked on half a and reported on half b."""
-    curve = [row(step=2, id=0.94, ood_a=0.8, ood_b=0.9, ood=0.85),
-             row(step=4, id=0.95, ood_a=0.9, ood_b=0.6, ood=0.75), row(step=8, id=0.99, ood=0.9)]
-    assert [ev.peak(curve)[k] for k in ("step", "ood", "ood_a")] == [4, 0.6, 0.9]
-    assert [(ev.first_at(curve, v) or {}).get("step") for v in (0, 0.95, 0.96, 1)] == [
-        2, 4, 8, None]
+def test_evaluate_takes_entropy_on_the_first_128_id_problems(tiny, monkeypatch):
+    asked = []
+
+    def entropy(model, problems):
+        asked.extend(problems)
+        return 0.5
+    monkeypatch.setattr(ev, "entropy", entropy)
+    monkeypatch.setattr(ev, "accuracies", lambda model, n: dict(id=n))
+    row = ev.evaluate(tiny, tiny, 130)
+    assert (row["id"], row["entropy"], row["kl_base"]) == (130, 0.5, near(0, abs=1e-6))
+    assert asked == ev.eval_sets(130)["id"][:128]
+
+
+@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="entropy samples before the check")
+def test_a_model_of_nan_is_an_error(tiny):
+    tiny.lm_head.weight.data[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="nll is nan"):
+        ev.evaluate(tiny, tiny, 8)
+
+
+# ---- rows
+def row(**changes):
+    start = dict(seed=0, method="sft", stage="sft", step=1, id=0.5, ood=0.5, ood_a=0.5, ood_b=0.5,
+                 ood_any=0.5, explained=0.5, prior=1.0, entropy=0.1)
+    return start | changes
+
 
 def made_up():
-    rows = []    # two seeds: sft, clip, kl at steps 10 and 20; RL from the base and step 10 of sft
-    for s, up in ((0, 0.0), (1, 0.2)):
-        rows += [row(seed=s, method="base", stage="base", step=0),
-                 row(seed=s, method="base", stage="rl", step=0, ood=0.05),
-                 row(seed=s, stage="rl", step=10, ood=0.8 + up)]
-        for m, more in (("sft", 0), ("clip", 0.1 + up), ("kl", 0.05)):
-            r = row(seed=s, method=m, step=10, id=0.95, ood=0.6 + more, ood_a=0.6, ood_b=0.55)
-            rows += [r | dict(prior=0.9 - more),
-                     r | dict(step=20, id=0.99, ood=0.4 + 2 * more, ood_a=0.5)]
+    """Two seeds of sft and clip at steps 2 and 20, RL from the base and from step 2."""
+    rows = []
+    for seed, up in ((0, 0.0), (1, 0.2)):
+        rows.append(row(seed=seed, method="base", stage="base", step=0, ood=0.1 + up))
+        rows.append(row(seed=seed, method="base", stage="rl", step=0, ood=0.05))
+        rows.append(row(seed=seed, step=2, id=0.95, ood=0.6, ood_a=0.6, ood_b=0.55))
+        rows.append(row(seed=seed, stage="rl", step=2, ood=0.8 + up))
+        rows.append(row(seed=seed, step=20, id=0.99, ood=0.4, ood_a=0.5))
+        rows.append(row(seed=seed, method="clip", step=2, id=0.9, ood=0.7, ood_b=0.65))
+        rows.append(row(seed=seed, method="clip", stage="rl", step=2, ood=0.9 + 2 * up))
+        rows.append(row(seed=seed, method="clip", step=20, id=0.96, ood=0.6 + up, ood_a=0.9))
     return rows
 
-def test_summary_table_and_points_by_hand():
-    found = dict(ev.summary(made_up()))
-    assert [(k, near(r["ood"])) for k, r in found.items()] == [*{
-        "base": 0.5, "base, then RL": 0.05, "sft, step 10, then RL": 0.9,
-        "sft, OOD peak, step 10": 0.55, "sft, step 10": 0.6, "sft, step 20": 0.4,
-        "clip, OOD peak, step 10": 0.55, "clip, step 20": 0.8, "kl, OOD peak, step 10": 0.55,
-        "kl, step 20": 0.5}.items()]
-    head, line = ev.table([("mine", dict(id=0.25, ood=1, prior=0.125, clip_frac=2))]).split("\n")
-    assert head.split() == "ID OOD OOD any explain M R D C entropy clipped".split()
-    assert line.split() == "mine 0.250 1.000 0.000 0.000 0.125 0.000 2.000".split()
-    points = [ev.by_step(made_up(), "sft", "ood", stage) for stage in ("sft", "rl")]
-    assert points == [{2: [0.5, 0.5], 10: [0.6, 0.6], 20: [0.4, 0.4]}, {10: [0.8, 1.0]}]
 
-def test_compare_by_hand():
-    rows = [r for r in made_up() if (r["method"], r["seed"]) != ("kl", 1)]   # kl: one seed only
-    for r in rows:      # clip reaches .95 at step 20 of seed 1
-        r["id"] -= 0.02 * ((r["method"], r["seed"]) == ("clip", 1))
-    rows.append(row(seed=2, method="clip", step=10, ood=99))                 # no sft to pair with
-    head, *lines = ev.compare(rows).split("\n")[1:]
-    assert head.split()[-8:] == "n OOD OOD any explain M R D C".split()[-8:]
-    got = {line[:44].strip(): line[44:].replace("+-", "").split() for line in lines}
-    end, level = "at the end", "at ID .95"
-    # clip - sft: OOD .2 and .6 at the end; at the level .1, and 1.0 - .6; s / sqrt 2 .2 and .15
-    for name, numbers in {f"clip - sft, {end}": "2 +0.400 2.541" + " +0.000 0.000" * 3,
-                          f"clip - sft, {level}": "2 +0.250 1.906 +0.000 0.000 +0.000 0.000 +0.000 "
-                          "1.271", f"kl - sft, {end}": "1 +0.100" + " +0.000" * 3}.items():
-        assert got.pop(name) == numbers.split()
-    assert [(*v[:2], v[-1]) for v in got.values()] == [
-        ("1", "-0.100", "+0.000"), ("1", "+0.050", "-0.050"), ("1", "-0.050", "+0.050")]
-    sft_alone = [r | dict(id=r["id"] * (r["method"] == "sft")) for r in rows]
-    assert level not in ev.compare(sft_alone) and not ev.compare(rows[:2])
+def test_peak_is_picked_on_half_a_and_reported_on_half_b():
+    curve = [row(step=2, ood_a=0.8, ood_b=0.9, ood=0.85),
+             row(step=4, ood_a=0.9, ood_b=0.6, ood=0.75),
+             row(step=8, ood_a=0.5, ood_b=0.5, ood=0.95)]
+    best = ev.peak(curve)
+    assert (best["step"], best["ood"]) == (4, 0.6)
 
-def folder(path, rows):    # a cell for each row, their names in reverse order
-    (path / "cells").mkdir(parents=True)
-    for i, r in enumerate(rows):
-        (path / "cells" / f"{99 - i}.json").write_text(json.dumps([r]))
+
+@pytest.mark.parametrize("level, step", [(0, 2), (0.94, 2), (0.95, 4), (0.96, 8)])
+def test_first_row_at_a_level(level, step):
+    curve = [row(step=2, id=0.94), row(step=4, id=0.95), row(step=8, id=0.99)]
+    assert ev.first_at(curve, level)["step"] == step
+    assert ev.first_at(curve, 1) is None
+
+
+def cells(text, width):
+    """Lines of a table -> {label: its cells}."""
+    found = {}
+    for line in text.split("\n"):
+        found[line[:width].strip()] = line[width:].replace("+-", " ").split()
+    return found
+
+
+def test_summary_by_hand():
+    found = cells(ev.summary(made_up()), 32)
+    assert {label: found[label][1] for label in found if label} == {
+        "base": "0.200", "base, then RL": "0.050", "sft, OOD peak": "0.550", "sft, step 2": "0.600",
+        "sft, step 2, then RL": "0.900", "sft, step 20": "0.400", "clip, OOD peak": "0.500",
+        "clip, step 2": "0.700", "clip, step 2, then RL": "1.100", "clip, step 20": "0.700"}
+
+
+def test_summary_says_over_how_many_seeds_each_mean_is():
+    rows = [r for r in made_up() if (r["method"], r["seed"]) != ("clip", 1)]
+    found = cells(ev.summary(rows), 32)
+    assert [found[f"{method}, step 20"][-1] for method in ("sft", "clip")] == ["2", "1"]
+
+
+def test_a_line_of_the_table():
+    numbers = dict(seed=3, method="sft", stage="rl", step=8, id=0.25, ood=1, prior=0.125)
+    label, *found = ev.line(numbers).rsplit(maxsplit=7)
+    assert label == "seed 3 sft, step 8, then RL"
+    assert found == ["0.250", "1.000", "-", "-", "0.125", "-", "-"]
+
+
+def test_differences_are_paired_by_seed():
+    rows = made_up()
+    rows = [r for r in rows if (r["method"], r["seed"]) != ("sft", 0)]
+    rows.append(row(seed=2, method="clip", step=20, ood=99.0))
+    found = ev.paired_differences(rows, "clip", "sft", ev.pick_end)
+    assert found["ood"] == near([0.4])    # seed 1 alone has both: .8 - .4
+
+
+# at the end .2 and .4; RL's ends .9 - .8 and 1.3 - 1.0; 12.706 s / sqrt 2 = 12.706 * .1
+@pytest.mark.parametrize("where, numbers", [
+    ("at the end", ["2", "-0.030", "0.000", "+0.300", "1.271"]),
+    ("RL from 2", ["2", "+0.000", "0.000", "+0.200", "1.271"])])
+def test_compare_by_hand(where, numbers):
+    found = cells(ev.compare(made_up()), 40)
+    assert found[f"clip - sft, {where}"][:5] == numbers
+
+
+def test_compare_at_matched_id_by_hand():
+    # clip at step 20: .6 and .8, sft at step 2: .6 and .6
+    found = cells(ev.compare(made_up()), 40)
+    assert found["clip - sft, at ID .95"][3:5] == ["+0.100", "1.271"]
+
+
+def test_compare_at_matched_id_leaves_out_who_never_gets_there():
+    rows = [r | dict(id=0.9) if r["method"] == "clip" else r for r in made_up()]
+    assert list(cells(ev.compare(rows), 40))[1:] == ["clip - sft, at the end",
+                                                     "clip - sft, RL from 2"]
+
+
+def test_compare_of_one_seed_has_no_interval():
+    rows = [r for r in made_up() if r["seed"] == 0]
+    assert cells(ev.compare(rows), 40)["clip - sft, at the end"][:3] == ["1", "-0.030", "+0.200"]
+
+
+def test_compare_has_clip_as_a_reference_too():
+    rows = made_up() + [row(method="kl", step=20, ood=0.5)]
+    found = cells(ev.compare(rows), 40)
+    assert found["kl - sft, at the end"][2] == "+0.100"
+    assert found["kl - clip, at the end"][2] == "-0.100"
+
+
+def test_points_of_the_figure_by_hand():
+    steps, means, halves = ev.by_step(made_up(), "clip", "sft", "ood")
+    assert steps == [2, 20]
+    assert means == near([0.7, 0.7])
+    assert halves == near([0, 12.706 * 0.1])
+
+
+def test_a_point_of_one_seed_has_no_band():
+    rows = [r for r in made_up() if r["seed"] == 0]
+    assert ev.by_step(rows, "sft", "sft", "ood") == ([2, 20], [0.6, 0.4], [0, 0])
+
+
+def test_the_base_and_update_2_are_never_averaged():
+    rows = [row(method="base", stage="base", step=2, ood=0.0), row(step=2, ood=0.6),
+            row(method="base", stage="rl", step=2, ood=0.1), row(stage="rl", step=2, ood=0.8)]
+    assert ev.by_step(rows, "sft", "sft", "ood") == ([2], [0.6], [0])
+    assert ev.by_step(rows, "sft", "rl", "ood") == ([2], [0.8], [0])
+
+
+# ---- files
+def folder(path, rows):
+    """A run folder: a file a job."""
+    path.mkdir(parents=True)
+    for job in {(r["seed"], r["method"]) for r in rows}:
+        mine = [r for r in rows if (r["seed"], r["method"]) == job]
+        ev.write_json(path / f"s{job[0]}-{job[1]}.json", dict(settings={}, rows=mine))
     return path
 
-def test_rows_are_ordered_and_bases_without_sft_left_out(tmp_path):
-    rows = [*made_up(), row(seed=5, method="base", stage="base", step=0)]
-    got = ev.read_rows(folder(tmp_path, rows))
-    assert [(r["seed"], r["method"], r["step"], r["stage"]) for r in got] == [
-        (s, m, n, stage) for s in (0, 1) for m, n, stage in (
-            ("base", 0, "base"), ("base", 0, "rl"), ("sft", 10, "sft"), ("sft", 10, "rl"),
-            ("sft", 20, "sft"), *((m, n, "sft") for m in ("clip", "kl") for n in (10, 20)))]
 
-def test_a_damaged_cell_is_named_and_nothing_to_report_is_said(tmp_path):
-    folder(tmp_path, [row(method="base", stage="base", step=0)])
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(BadInput, match="no fine-tuned"):
-            ev.report(path)
-    for content in (b"", b'[{"seed": 0, "st', b"\x00\x00", b"\xff\xfe"):
-        (tmp_path / "cells" / "s0-sft.json").write_bytes(content)
-        with pytest.raises(BadInput, match=r"s0-sft\.json.*delete it"):
-            ev.report(tmp_path)
+def no_constant(name):
+    raise AssertionError(f"{name} is not JSON")
 
-def test_report_from_a_notebooks_shell_and_a_narrow_console(tmp_path):
-    """A backend of another environment, a folder that the console cannot show."""
-    pytest.importorskip("matplotlib")
-    run, env = folder(tmp_path / "läufe 実験", made_up()), dict(
-        os.environ, PYTHONIOENCODING="cp1252", MPLBACKEND="module://no_such.backend")
-    done = subprocess.run([sys.executable, ev.__file__, run], env=env, capture_output=True)
-    assert done.returncode == 0 and b"paired differences" in done.stdout, done.stderr
-    assert (run / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+def test_rows_come_in_the_order_of_their_seeds(tmp_path):
+    rows = [row(seed=seed, method=method) for seed in (2, 10) for method in ("base", "sft")]
+    assert ev.read_rows(folder(tmp_path / "run", rows)) == rows
+
+
+def test_null_comes_back_as_nan(tmp_path):
+    run = folder(tmp_path / "run", [row(logp_low=None)])
+    assert math.isnan(ev.read_rows(run)[0]["logp_low"])
+
+
+@pytest.mark.parametrize("value, written", [(math.nan, None), (math.inf, None), (-math.inf, None),
+                                            (0.5, 0.5), ("nan", "nan"), (3, 3)])
+def test_json_takes_none_for_what_is_not_finite(value, written):
+    assert ev.finite(value) == written
+
+
+def test_nan_is_not_written_and_the_file_of_before_stays(tmp_path):
+    ev.write_json(tmp_path / "a.json", [1])
+    with pytest.raises(ValueError):
+        ev.write_json(tmp_path / "a.json", [math.nan])
+    assert ev.read_json(tmp_path / "a.json") == [1]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"rows": [{"se', b"\x00\x00", b"\xff\xfe"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "s0-sft.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"s0-sft\.json"):
+        ev.report([tmp_path])
+
+
+def test_nothing_to_report_is_said(tmp_path):
+    folder(tmp_path / "run", [row(method="base", stage="base", step=0)])
+    with pytest.raises(ValueError, match="run holds no finished job"):
+        ev.report([tmp_path / "run"])
+
+
+def test_report_writes_metrics_without_nan(tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "figure", lambda rows, path: None)
+    run = folder(tmp_path / "run", made_up() + [row(step=30, logp_low=None)])
+    ev.report([run], lambda text: None)
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == ev.read_rows(run)
+    found = [json.loads(line, parse_constant=no_constant) for line in lines]
+    assert len(found) == 17
+    assert [r["logp_low"] for r in found if "logp_low" in r] == [None]
 
-@pytest.mark.parametrize("error", ["ImportError", "RuntimeError", "ValueError", "OSError"])
-def test_a_broken_matplotlib_costs_only_the_figure(tmp_path, monkeypatch, capsys, error):
-    for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    (tmp_path / "matplotlib.py").write_text(f"raise {error}('numpy')")
-    monkeypatch.syspath_prepend(tmp_path)
-    ev.report(folder(tmp_path / "run", made_up()))
-    assert f"matplotlib does not work here ({error}('numpy'))" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["cells", "metrics.jsonl"]
 
-def test_the_figure_draws_the_first_four_methods():
-    figure = pytest.importorskip("matplotlib.figure")
-    for names, drawn in (("sft sqrt", "sft sqrt"), ("sft clip a b", "sft clip a b"),
-                         ("sft clip a b c", "sft clip a b"), ("own", "own")):
-        rows = [dict(seed=0, method="base", stage="base", step=0, id=0.0, ood=0.0, prior=1.0)]
-        rows += [dict(rows[0], method=m, stage="sft", step=n, id=n / 9, ood=0.5)
-                 for m in names.split() for n in (4, 8)]
-        ev.summary_figure(fig := figure.Figure(), rows)
-        lines = fig.axes[0].get_lines()
-        assert [x.get_label() for x in lines] == drawn.split()
-        assert lines[0].get_ydata().tolist() == pytest.approx([0, 4 / 9, 8 / 9])
+def test_eval_from_the_command_line_reports_with_a_figure(tmp_path, monkeypatch, capsys):
+    run = folder(tmp_path / "läufe 実験", made_up())
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(run)])
+    runpy.run_path(ev.__file__, run_name="__main__")
+    assert (run / "summary.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert ev.summary(made_up()) in out and ev.compare(made_up()) in out
+
+
+def test_report_of_two_folders_pairs_them_by_seed_and_writes_nothing(tmp_path):
+    texts = []
+    other = [r | dict(ood=r["ood"] + 0.1) for r in made_up() if r["seed"] == 1]
+    run = folder(tmp_path / "run", made_up())
+    ev.report([run, folder(tmp_path / "tight", other)], texts.append)
+    found = cells("\n".join(texts), 40)
+    assert found["clip (tight) - clip, at the end"][:3] == ["1", "+0.000", "+0.100"]
+    assert found["sft (tight) - sft, RL from 2"][:3] == ["1", "+0.000", "+0.100"]
+    assert cells("\n".join(texts), 32)["base"][-1] == "2"    # one base a seed
+    assert not (run / "metrics.jsonl").exists()
+
+
+def test_the_figure_draws_means_and_what_rl_makes_of_them(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda fig, *a, **k: drawn.append(fig))
+    ev.figure(made_up(), tmp_path / "summary.png")
+    ood = {line.get_label(): line for line in drawn[0].axes[1].get_lines()}
+    assert list(ood) == ["sft", "sft, then RL", "clip", "clip, then RL"]
+    assert ood["clip"].get_xydata().ravel().tolist() == near([2, 0.7, 20, 0.7])
+    assert ood["sft, then RL"].get_xydata().ravel().tolist() == near([2, 0.9])
+    assert ood["sft"].get_color() == ood["sft, then RL"].get_color()
