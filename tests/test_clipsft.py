@@ -203,7 +203,6 @@ def test_nothing_is_clipped_right_after_a_refresh_and_something_later(start):
     assert clipped == [2, 3, 5, 6]
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="fresh is a list of K / passes batches")
 def test_a_frozen_old_policy_takes_no_more_batches_than_updates(start, monkeypatch):
     model, ids, mask = start
     c = replace(C, **clipsft.METHODS["clip-frozen"])
@@ -217,6 +216,11 @@ def test_rows_that_fill_no_batch_wait_for_the_next_epoch():
     for epoch in range(3):
         order = torch.randperm(10, generator=keyed(7, epoch))
         assert torch.equal(torch.cat([next(stream), next(stream)]), order[:8])
+
+
+def test_a_batch_larger_than_its_data_is_refused():
+    with pytest.raises(ValueError, match="batch of 11 from 10"):
+        next(clipsft.batches(10, 11, 0))
 
 
 def test_passes_that_do_not_divide_the_updates_of_a_refresh_are_refused(start):
@@ -418,7 +422,8 @@ def test_nothing_finished_is_computed_twice(work, tmp_path, line, computed):
 
 @pytest.mark.parametrize("flag, old, new", [
     ("lr", 0.003, 0.02), ("n_embd", 16, 8), ("aggregate", "token", "constant"),
-    ("p_word", 0.3, 0.6), ("eval_n", 16, 32), ("rl_lr", 0.0001, 0.1), ("base_steps", 6, 7), ("eps_high", 0.05, "inf")])
+    ("p_word", 0.3, 0.6), ("eval_n", 16, 32), ("rl_lr", 0.0001, 0.1), ("base_steps", 6, 7),
+    ("eps_high", 0.05, "inf")])
 def test_a_changed_setting_is_refused_with_both_values(work, tmp_path, flag, old, new):
     go(tmp_path)
     said = None if new == "inf" else new
@@ -428,6 +433,11 @@ def test_a_changed_setting_is_refused_with_both_values(work, tmp_path, flag, old
 def test_other_steps_to_start_rl_from_are_refused(work, tmp_path):
     go(tmp_path)
     assert_refused(work, tmp_path, "--rl_from 3", r"--rl_from \[4\], now \[3\]")
+
+
+def test_rl_that_is_asked_for_later_is_refused(work, tmp_path):
+    go(tmp_path, "--rl_methods")
+    assert_refused(work, tmp_path, "", r"--rl_methods \[\], now \['base'\]")
 
 
 def test_a_changed_line_of_methods_is_refused(work, tmp_path, monkeypatch):
@@ -494,6 +504,16 @@ def test_a_row_of_rl_has_the_means_of_its_last_ten_steps(work, tmp_path, monkeyp
         dict(reward=float(step)) for step in range(1, 16)))
     rows = go(tmp_path, "--methods sft --rl_methods sft")
     assert [row["reward"] for row in rows if row["stage"] == "rl"] == [10.5, 10.5]
+
+
+def test_fine_tuning_goes_on_from_before_rl(work, tmp_path, monkeypatch):
+    def ruin(model, c, seed):
+        torch.nn.init.zeros_(model.lm_head.weight)
+        yield dict(reward=0.0)
+    monkeypatch.setattr(clipsft, "grpo", ruin)
+    rows = go(tmp_path / "a", "--methods sft --rl_methods sft")
+    expected = go(tmp_path / "b", "--methods sft --rl_methods")
+    assert [row for row in rows if row["stage"] != "rl"] == expected
 
 
 def test_a_method_gets_its_demonstrations_and_mask(work, tmp_path, monkeypatch):
