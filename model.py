@@ -252,8 +252,37 @@ def muon(model, lr, adam_lr):
     others = [p for p in blocks.parameters() if p.dim() == 1]
     others += [model.lm_head.weight, model.transformer.wpe.weight]
     others += model.transformer.ln_f.parameters()
-    return (torch.optim.Muon(matrices, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    return (Muon(matrices, lr),
             torch.optim.AdamW(others, adam_lr, (0.9, 0.98), weight_decay=0.0, fused=True))
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with Nesterov momentum and adjust_lr_fn="match_rms_adamw", but in float32:
+    torch's bfloat16 takes longer than the model's own passes where a CPU has no such products."""
+
+    def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.1):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "average" not in self.state[p]:
+                    self.state[p]["average"] = torch.zeros_like(p)
+                average = self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
+                direction = orthogonal(p.grad.lerp(average, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(direction, alpha=group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonal(G):
+    """G (m, n) with its singular values moved to about 1, by five Newton-Schulz steps (Muon)."""
+    X = G.T if G.shape[0] > G.shape[1] else G
+    X = X / X.norm()
+    for _ in range(5):
+        A = X @ X.T
+        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
+    return X.T if G.shape[0] > G.shape[1] else X
 
 
 def set_lr(opt, lr):
