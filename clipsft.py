@@ -58,7 +58,7 @@ def token_loss(c, model, old, base, ids, mask):
     A loss of your own is one more branch here and one more line of METHODS."""
     logits = response_logits(model, ids, mask)                               # (N, V)
     logp = in_rows(token_logprobs(logits, response_targets(ids, mask)), mask)
-    clipped = torch.zeros_like(mask[:, 1:])
+    clipped = torch.zeros_like(mask[:, 1:])    # by no loss but clip
     if c.loss == "sft":
         loss = sft_loss(logp)
     elif c.loss == "clip":
@@ -69,13 +69,39 @@ def token_loss(c, model, old, base, ids, mask):
     elif c.loss == "dft":
         loss = dft_loss(logp)
     elif c.loss == "kl":
-        with torch.no_grad():
-            base_logits = response_logits(base, ids, mask)
         # - log pi(y_t) + beta KL(pi || base)                          SFT-KL of PSFT, 2508.17784
+        base_logits = response_logits(base, ids, mask)                       # (N, V)
         loss = sft_loss(logp) + c.beta * in_rows(kl_exact(logits, base_logits), mask)
+    elif c.loss == "asft":
+        # - sg(pi(y_t)) log pi(y_t) + beta KL(base || pi)                         ASFT, 2509.23753
+        base_logits = response_logits(base, ids, mask)                       # (N, V)
+        loss = dft_loss(logp) + c.beta * in_rows(kl_exact(base_logits, logits), mask)
     else:
         raise ValueError(f"unknown loss {c.loss!r}")
     return loss, clipped
+
+
+def leading_directions(model, share):
+    """{name: (W, U_k, V_k)} of each matrix W (m, n) of a model, its k = share * min(m, n) leading
+    singular vectors (m, k), (n, k)."""
+    found = {}
+    for name, W in model.named_parameters():
+        if W.dim() == 2:
+            U, _, Vh = torch.linalg.svd(W.detach(), full_matrices=False)
+            k = round(share * min(W.shape))
+            found[name] = (W.detach(), U[:, :k], Vh[:k].T)
+    return found
+
+
+def rotation_penalty(model, directions):
+    """What a model has changed within the leading directions of the base: a scalar."""
+    total = 0.0
+    for name, W in model.named_parameters():
+        if name in directions:
+            W0, U, V = directions[name]
+            # || U_0k^T (W - W_0) V_0k ||_F^2                                    RPSFT, 2605.10973
+            total = total + (U.T @ (W - W0) @ V).pow(2).sum()
+    return total
 
 
 def batches(n, size, seed):
@@ -90,9 +116,12 @@ def batches(n, size, seed):
 
 def finetune(model, base, ids, mask, c, seed):
     """Train `model` in place on ids, mask (N, T), on the CPU: yields (step, statistics) after each
-    of c.steps updates. The statistics are tensors: reading one waits for the device."""
+    of c.steps updates: the loss, and tokens, mask, clipped (B, T-1). They are tensors, for reading
+    a number waits for the device."""
     if c.old_every % c.passes != 0:
         raise ValueError(f"{c.passes} passes do not divide {c.old_every} updates a refresh")
+    if c.rotation > 0:
+        directions = leading_directions(base, c.rotation_share)
     opt = adamw(model, c.lr)
     stream = batches(len(ids), c.batch_size, seed)
     step = 0
@@ -109,10 +138,12 @@ def finetune(model, base, ids, mask, c, seed):
             if loss.shape != m.shape:
                 raise ValueError(f"a loss has one value a token: {m.shape}, not {loss.shape}")
             loss = masked_mean(loss, m, c.aggregate, data.MAX_NEW)
+            if c.rotation > 0:
+                loss = loss + c.rotation * rotation_penalty(model, directions)
             loss.backward()
             update(model, opt)
             step += 1
-            yield step, dict(loss=loss.detach(), clip_frac=masked_mean(clipped.float(), m))
+            yield step, dict(loss=loss.detach(), tokens=batch_ids[:, 1:], mask=m, clipped=clipped)
             if step == c.steps:
                 return
 
@@ -146,11 +177,13 @@ def without_improbable(base, ids, mask, skip, seed):
     ("low"), or without as many response tokens drawn at random ("random")."""
     m = mask[:, 1:]                                                          # (N, T-1)
     logp = response_logprobs(base, ids.to(base.device), mask.to(base.device)).to(ids.device)
-    drop = m & (logp < math.log(0.1))
-    if skip == "random":
+    improbable = m & (logp < math.log(0.1))
+    if skip == "low":
+        drop = improbable
+    else:
         places = m.nonzero()                                                 # (tokens, 2)
         order = torch.randperm(len(places), generator=generator("cpu", seed, "skip"))
-        chosen = places[order[:drop.sum()]]
+        chosen = places[order[:improbable.sum()]]
         drop = torch.zeros_like(m)
         drop[chosen[:, 0], chosen[:, 1]] = True
     mask = mask.clone()
@@ -164,7 +197,7 @@ class Config:
     """The comment beside a field is its flag's help."""
     out_dir: str = "runs/main"      # run folder
     base_from: str = ""             # a run folder whose bases are taken instead of new ones
-    methods: tuple = ("sft", "clip")      # what to run, names of METHODS
+    methods: tuple = ("sft", "clip")      # what to run, lines of METHODS
     seed: int = 0                   # the first seed
     seeds: int = 1                  # how many; each has its own base
     device: str = "cpu"             # cpu or cuda
@@ -175,7 +208,7 @@ class Config:
     n_layer: int = 3                # layers
     n_head: int = 4                 # attention heads
     n_embd: int = 96                # width
-    base_steps: int = 1000          # pre-training updates
+    base_steps: int = 800           # pre-training updates
     base_batch: int = 64            # documents an update
     base_docs: int = 60000          # different documents
     base_lr: float = 6e-3           # pre-training: peak learning rate of Muon
@@ -183,22 +216,25 @@ class Config:
 
     # supervised fine-tuning
     loss: str = "sft"               # set by METHODS, not a flag
-    steps: int = 300                # SFT updates
+    steps: int = 1200               # SFT updates
     lr: float = 3e-4                # SFT learning rate
     batch_size: int = 16            # demonstrations an update
-    demos: int = 2048               # demonstrations in all
+    demos: int = 4096               # demonstrations in all
     p_word: float = 0.3             # chance of an unpredictable connective before a step
     eps_low: float = 0.2            # clip: the lower bound, which never acts
     eps_high: float = 0.28          # clip: a token rests beyond r = 1 + eps_high
     old_every: int = 8              # K, updates per refresh of the old policy; passes divide it
     passes: int = 1                 # passes over the batches of a refresh
-    beta: float = 0.5               # weight of the KL of method kl
+    beta: float = 0.5               # weight of the KL to the base of methods kl and asft
+    rotation: float = 0.0           # weight of RPSFT's penalty on turning the base's matrices
+    rotation_share: float = 0.5     # of their singular vectors, the leading ones
+    freeze: str = "none"            # weights that SFT leaves as they are: none or table (of tokens)
     skip: str = "none"              # tokens never trained: base p < .1 (low) or as many (random)
     aggregate: str = "token"        # mean of a loss, see rl.masked_mean
 
     # GRPO
     rl_methods: tuple = ("sft", "clip")   # which of the methods it starts from; nothing: no RL
-    rl_from: tuple = (8, 64, 300)   # SFT steps that it starts from
+    rl_from: tuple = (8, 64, 1200)  # SFT steps that it starts from
     rl_steps: int = 20              # GRPO steps
     rl_lr: float = 1e-4             # its learning rate, after 5 warm-up steps
     rl_prompts: int = 32            # P, prompts a step
@@ -206,8 +242,10 @@ class Config:
     rl_updates: int = 4             # updates a step, each on its share of the rollouts
     rl_eps_low: float = 0.2         # clip below: 1 - eps_low
     rl_eps_high: float = 0.28       # clip above: 1 + eps_high (DAPO's clip-higher)
+    reward: str = "strict"          # strict, composite or none, see rl.reward_of
     adv_scale: str = "std"          # divisor of the advantage: std (GRPO) or none (Dr. GRPO)
-    kl_coef: float = 0.0            # weight of the KL to the policy that RL starts from
+    kl_coef: float = 0.0            # weight of a KL
+    kl_to: str = "start"            # to the policy that RL starts from (start) or to the base
     temperature: float = 1.0        # of sampling and of scoring alike
 
 
@@ -216,20 +254,29 @@ METHODS = {
     "sft": dict(loss="sft"),
     "clip": dict(loss="clip"),
     "dft": dict(loss="dft"),
-    "kl": dict(loss="kl"),
-    "sft-slow": dict(loss="sft", lr=1e-4),
-    "sft-slower": dict(loss="sft", lr=3e-5),
-    "sft-long": dict(loss="sft", steps=1200),
-    "sft-three-passes": dict(loss="sft", old_every=24, passes=3),
-    "clip-slow": dict(loss="clip", lr=1e-4),
-    "clip-long": dict(loss="clip", steps=1200),
-    "clip-every-24": dict(loss="clip", old_every=24),
-    "clip-tight": dict(loss="clip", eps_high=0.1),
+    "asft": dict(loss="asft", beta=0.05),
+    "kl": dict(loss="kl", beta=0.5),
+    "rpsft": dict(loss="sft", rotation=1.0, rotation_share=0.5),
+    "sft-1e-4": dict(loss="sft", lr=1e-4),
+    "sft-3e-5": dict(loss="sft", lr=3e-5),
+    "clip-1e-4": dict(loss="clip", lr=1e-4),
+    "clip-3e-5": dict(loss="clip", lr=3e-5),
     "clip-unbounded": dict(loss="clip", eps_high=math.inf),
     "clip-frozen": dict(loss="clip", old_every=100000),    # the base stays the old policy
-    "clip-paper1": dict(loss="clip", old_every=24, passes=3, eps_high=0.5),
+    "clip-paper1": dict(loss="clip", old_every=24, passes=3, eps_high=0.5, aggregate="sequence"),
+    "sft-frozen-table": dict(loss="sft", freeze="table"),
     "sft-skip-low": dict(loss="sft", skip="low"),
     "sft-skip-random": dict(loss="sft", skip="random"),
+    "sft-few": dict(loss="sft", demos=128),
+    "clip-few": dict(loss="clip", demos=128),
+    # Paper 3's SFT has large batches and a high rate, its clip small ones and a low rate.
+    "sft-few-large": dict(loss="sft", demos=128, batch_size=128, lr=6e-4, steps=150),
+    "sft-few-3e-5": dict(loss="sft", demos=128, lr=3e-5),
+    "clip-few-3e-5": dict(loss="clip", demos=128, lr=3e-5),
+    # These differ from sft in the RL that follows.
+    "sft-kl-rl": dict(loss="sft", kl_coef=0.5, kl_to="base"),
+    "sft-kl-alone": dict(loss="sft", kl_coef=0.5, kl_to="base", reward="none"),
+    "sft-composite": dict(loss="sft", reward="composite"),
 }
 PRESETS = {
     "smoke": dict(n_layer=2, n_head=2, n_embd=32, base_steps=20, base_docs=400, steps=8,
@@ -238,15 +285,17 @@ PRESETS = {
                 base_batch=256, base_docs=100000, lr=1e-4, rl_lr=3e-5, device="cuda"),
 }
 CHOICES = dict(device=("cpu", "cuda"), dtype=("fp32", "bf16"), skip=("none", "low", "random"),
+               freeze=("none", "table"), reward=("strict", "composite", "none"),
+               kl_to=("start", "base"),
                aggregate=("token", "sequence", "constant"), adv_scale=("std", "none"),
                methods=tuple(METHODS), rl_methods=tuple(METHODS))
-EVAL_STEPS = (4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 200, 300, 600)    # and the last
+EVAL_STEPS = (8, 16, 32, 64, 128, 300, 600, 1200)    # and the last
 
 
 def read_flags(argv):
     """Command line -> Config: the defaults, changed by a preset, changed by the flags. What cannot
     run ends here in one line, before any work."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="smoke: seconds; gpu: 10M parameters")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)", Path(__file__).read_text(), re.MULTILINE))
@@ -277,10 +326,10 @@ def check(c, rl_methods_given):
                  "temperature"):
         if not getattr(c, name) > 0:
             raise ValueError(f"--{name} must be above 0")
-    if not c.methods:
-        raise ValueError("--methods: name at least one")
-    if c.base_batch > c.base_docs or c.batch_size > c.demos:
-        raise ValueError("a batch is larger than its data: --base_batch, --batch_size")
+    if not c.methods or len(set(c.methods)) < len(c.methods):
+        raise ValueError("--methods: name at least one, each once")
+    if c.base_batch > c.base_docs:
+        raise ValueError(f"--base_batch {c.base_batch} is above --base_docs {c.base_docs}")
     if c.n_embd % c.n_head != 0:
         raise ValueError(f"--n_embd {c.n_embd} is not a multiple of --n_head {c.n_head}")
     if c.rl_group < 2:
@@ -294,76 +343,96 @@ def check(c, rl_methods_given):
             raise ValueError(f"--rl_methods {method} is not among --methods")
     for method in c.methods:
         mine = replace(c, **METHODS[method])
+        if mine.batch_size > mine.demos:
+            raise ValueError(f"--batch_size {mine.batch_size} is above --demos {mine.demos}")
         if mine.loss == "clip" and mine.old_every < 2:
             raise ValueError(f"--old_every {mine.old_every} with {method}: right after a refresh "
                              "the ratio is 1, so nothing is clipped: plain SFT; use 2 or more")
         if mine.old_every < 1 or mine.old_every % mine.passes != 0:
             raise ValueError(f"--passes {mine.passes} must divide --old_every {mine.old_every}")
-        for step in c.rl_from:
+        for step in mine.rl_from:
             if method in c.rl_methods and not 1 <= step <= mine.steps:
                 raise ValueError(f"--rl_from {step}: {method} has steps 1 to {mine.steps}")
 
 
-def task_fingerprint(c):
+def task_fingerprint():
     """A number that changes with the task: with documents, demonstrations or evaluation problems
     (data.py, eval.eval_sets)."""
     rng = random.Random("fingerprint")
-    texts = [f"{problem.prompt} {response}" for problem, response in
-             (data.base_document(rng) for _ in range(100))]
-    for row in data.demonstrations(100, "fingerprint", p_word=c.p_word)[0]:
-        texts.append(data.decode(row.tolist()))
-    for problems in ev.eval_sets(c.eval_n).values():
+    texts = []
+    for _ in range(100):
+        problem, response = data.base_document(rng)
+        texts.append(f"{problem.prompt} {response}")
+    ids, _ = data.demonstrations(100, "fingerprint")
+    texts += [data.decode(row) for row in ids.tolist()]
+    for problems in ev.eval_sets(100, "fingerprint").values():
         texts += [problem.prompt for problem in problems]
     return zlib.crc32("\n".join(texts).encode())
 
 
 def job_settings(c, method):
     """All that the rows of a job depend on, as it stands in its file."""
-    c = replace(c, **METHODS.get(method, {}))    # the base has none of its own
-    settings = asdict(c)
+    settings = asdict(replace(c, **METHODS.get(method, {})))    # the base has none of its own
     for name in ("out_dir", "base_from", "methods", "seed", "seeds"):
         del settings[name]
     settings["rl_methods"] = [method] if method in c.rl_methods else []
-    settings["rl_from"] = list(c.rl_from)
-    settings["task"] = task_fingerprint(c)
-    return {name: ev.finite(value) for name, value in settings.items()}
+    settings["rl_from"] = list(settings["rl_from"])
+    settings["task"] = task_fingerprint()
+    for name, value in settings.items():
+        if value == math.inf:
+            settings[name] = "inf"    # JSON has none
+    return settings
 
 
 def job_path(folder, seed, method):
     return Path(folder) / f"s{seed}-{method}.json"
 
 
-def is_done(c, seed, method):
-    """Whether a job is in the run folder. ValueError names what it was made with if that differs."""
-    path = job_path(c.out_dir, seed, method)
-    if not path.exists():
-        return False
-    found = ev.read_json(path)["settings"]
-    for name, value in job_settings(c, method).items():
-        if found.get(name) != value:
-            raise ValueError(f"{path} was made with --{name} {found.get(name)}, now {value}: give "
-                             "the same, or another --out_dir")
-    return True
+def check_folder(c):
+    """ValueError names what the jobs of the run folder were made with if that differs from now."""
+    for path in sorted(Path(c.out_dir).glob("s*-*.json")):
+        _, method = path.stem.split("-", 1)
+        if method not in METHODS and method != "base":
+            continue    # a line that is no longer there
+        wanted = job_settings(c, method)
+        if not wanted["rl_methods"]:
+            del wanted["rl_methods"]    # a job with RL serves one without
+        refuse_other_settings(path, wanted)
 
 
-def base_elsewhere(c, seed):
-    """The base of another run folder -> model. ValueError if it is of other settings."""
+def check_base(c, seed):
+    """ValueError if --base_from has no base of this seed, or one of other settings."""
     path = job_path(c.base_from, seed, "base")
     if not path.exists():
         raise ValueError(f"--base_from: there is no {path}")
-    found = ev.read_json(path)["settings"]
+    wanted = {}
     for name, value in job_settings(c, "base").items():
-        if name.startswith(("base_", "n_", "dtype", "task")) and found[name] != value:
-            raise ValueError(f"{path} was made with --{name} {found[name]}, now {value}")
-    return load_checkpoint(Path(c.base_from) / f"s{seed}-base.pt", c.device)
+        if name.startswith(("base_", "n_", "dtype", "task")):
+            wanted[name] = value
+    refuse_other_settings(path, wanted)
+
+
+def refuse_other_settings(path, wanted):
+    found = ev.read_json(path)["settings"]
+    for name, value in wanted.items():
+        if name in found and found[name] == value:
+            continue
+        if name == "task":
+            raise ValueError(f"{path} is of another task: data.py or eval.eval_sets has changed; "
+                             "give another --out_dir")
+        raise ValueError(f"{path} was made with --{name} {found.get(name)}, now {value}: give the "
+                         "same, or another --out_dir")
 
 
 def run_base(c, seed):
     """Pre-train the base, or take it from another run folder; what GRPO makes of it -> rows."""
-    base = base_elsewhere(c, seed) if c.base_from else pretrain(c, seed)
+    if c.base_from:
+        base = load_checkpoint(Path(c.base_from) / f"s{seed}-base.pt", c.device)
+    else:
+        base = pretrain(c, seed)
     save_checkpoint(Path(c.out_dir) / f"s{seed}-base.pt", base)
     row = dict(seed=seed, method="base", stage="base", step=0)
-    row.update(ev.evaluate(base, base, c.eval_n))
+    row.update(ev.evaluate(base, base, c.eval_n, seed))
     show(ev.line(row))
     rows = [row]
     if c.rl_from:
@@ -379,6 +448,8 @@ def run_method(c, seed, method):
     if c.skip != "none":
         mask = without_improbable(base, ids, mask, c.skip, seed)
     model = copy.deepcopy(base).requires_grad_(True)
+    if c.freeze == "table":
+        model.lm_head.weight.requires_grad_(False)
     rows = []
     recent = []
     updates = finetune(model, base, ids, mask, c, seed)
@@ -386,9 +457,9 @@ def run_method(c, seed, method):
         recent = [*recent, stats][-c.old_every:]    # a whole round of the old policy
         if step in EVAL_STEPS or step in c.rl_from or step == c.steps:
             row = dict(seed=seed, method=method, stage="sft", step=step)
-            row.update(ev.evaluate(model, base, c.eval_n))
+            row.update(ev.evaluate(model, base, c.eval_n, seed))
             row["loss"] = ev.mean(stats["loss"].item() for stats in recent)
-            row["clip_frac"] = ev.mean(stats["clip_frac"].item() for stats in recent)
+            row.update(ev.clipped_shares(recent))
             rows.append(row)
             show(ev.line(row))
         if step in c.rl_from and method in c.rl_methods:
@@ -400,11 +471,11 @@ def run_method(c, seed, method):
 def run_rl(c, seed, method, step, model, base):
     """GRPO on ID prompts from a copy of model -> row, with the statistics of the last steps."""
     model = copy.deepcopy(model).requires_grad_(True)
-    steps = progress(grpo(model, c, seed), c.rl_steps, f"seed {seed} {method} {step}, RL")
+    steps = progress(grpo(model, base, c, seed), c.rl_steps, f"seed {seed} {method} {step}, RL")
     stats = list(steps)
     save_checkpoint(Path(c.out_dir) / f"s{seed}-{method}-{step}-rl.pt", model)
     row = dict(seed=seed, method=method, stage="rl", step=step)
-    row.update(ev.evaluate(model, base, c.eval_n))
+    row.update(ev.evaluate(model, base, c.eval_n, seed))
     row.update(ev.average(stats[-10:]))
     show(ev.line(row))
     return row
@@ -432,17 +503,20 @@ def main(argv=None):
     torch.backends.cuda.enable_cudnn_sdp(False)    # in bf16 it would plan anew for every shape
     seeds = range(c.seed, c.seed + c.seeds)
     try:
-        jobs = [(seed, method) for seed in seeds for method in ("base", *c.methods)]
-        done = [job for job in jobs if is_done(c, *job)]    # all looked at before any work
+        check_folder(c)    # all is looked at before any work
+        for seed in seeds:
+            if c.base_from and not job_path(c.out_dir, seed, "base").exists():
+                check_base(c, seed)
         show(ev.header())
-        for seed, method in jobs:
-            if (seed, method) in done:
-                show(f"seed {seed} {method}: found in {c.out_dir}")
-                continue
-            rows = run_base(c, seed) if method == "base" else run_method(c, seed, method)
-            rows = [{key: ev.finite(value) for key, value in row.items()} for row in rows]
-            ev.write_json(job_path(c.out_dir, seed, method),
-                          dict(settings=job_settings(c, method), rows=rows))
+        for seed in seeds:
+            for method in ("base", *c.methods):
+                path = job_path(c.out_dir, seed, method)
+                if path.exists():
+                    show(f"seed {seed} {method}: found in {c.out_dir}")
+                    continue
+                rows = run_base(c, seed) if method == "base" else run_method(c, seed, method)
+                rows = [{key: ev.finite(value) for key, value in row.items()} for row in rows]
+                ev.write_json(path, dict(settings=job_settings(c, method), rows=rows))
         ev.report([c.out_dir], show)
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

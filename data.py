@@ -1,15 +1,18 @@
 """data.py - the cards task: tokenizer, problems, answers, verifier, batches. Run it to see some.
 
-A letter says what to do with a hand of four cards, the numbers what J, Q, K are worth. The base
+A letter says what to do with a hand of four cards, three numbers what J, Q, K are worth. The base
 adds up tersely under S, A, T, by running totals; under E, X, G it explains:
 
-    S 11 12 13 : 7 K 3 J >   7 20 23 34 <eos>
-    E 11 12 13 : 7 K 3 J >   7 + 13 = 20 , 20 + 3 = 23 , 23 + 11 = 34 # 34 <eos>
+    S 12 18 10 : 7 K 3 J >   7 17 20 32 <eos>
+    E 12 18 10 : 7 K 3 J >   7 + 10 = 17 , 17 + 3 = 20 , 20 + 12 = 32 # 32 <eos>
 
-The expert explains S too, largest card first. Fine-tuning (SFT) and RL see S alone, in distribution
-(ID): J=Q=K=10 or J=Q=K=14; out of distribution (OOD) they are 11, 12, 13 (GeneralPoints of
-2509.12235 in miniature). A cold start: the base never explains S, so RL has nothing to reward
-without SFT. E and M, R, D, C, never trained again, are the prior abilities that may be forgotten.
+The expert explains S too, largest card first. In distribution (ID), all that supervised fine-tuning
+(SFT) and RL ask: hands with a face card under J=Q=K=10, so that nothing asks to read the rule. Out
+of distribution (OOD): the same hands under three different worths. It is paper 2's pair of rules
+(GeneralPoints of 2509.12235) in miniature; hands without a face card show the new format under
+every rule, so that OOD differs from what is trained in the rule's being read, and in nothing else.
+A cold start: the base never explains S, so RL has nothing to reward without SFT. E and M, R, D, C,
+never trained again, are the prior abilities that may be forgotten.
 """
 import itertools
 import random
@@ -25,8 +28,9 @@ FACES = ("J", "Q", "K")
 DECK = ("2", "3", "4", "5", "6", "7", "8", "9", "10") + FACES
 OPS = "SATEXGMRDC"    # sum: terse S A T, explained E X G; maximum, reverse, values, sorted values
 CONNECTIVES = ("so", "then", "now", "next", "well", "hence", "thus", "and")
-ID_RULES = ((10, 10, 10), (14, 14, 14))    # two: with one, some bases tie the new style to it
-OOD_RULE = (11, 12, 13)
+WORTHS = (10, 12, 14, 16, 18)    # what a face card may be worth; the base knows every such rule
+ID_RULE = (10, 10, 10)
+ERRORS = ("format", "rule", "values", "sums")    # kinds of wrong answers, see verify
 
 # Every word is one token, so every number 0..99 is: arithmetic on single tokens is learnt sooner
 # than on digits. Pad is never eos.
@@ -96,16 +100,37 @@ def split_of(hand):
     return "train"
 
 
-def draw(rng, split, op="S", rules=None):
-    """A random problem of a split with a face card, under one of rules, or any of 10..19."""
+def draw_hand(rng, split, among=FACES):
+    """A random hand of a split that holds one of these face cards; with (), that holds none."""
     while True:
         hand = tuple(rng.choices(DECK, k=4))
-        has_face = any(card in FACES for card in hand)
-        if has_face and split_of(hand) == split:
-            break
-    if rules is None:
-        rules = [tuple(rng.choices(range(10, 20), k=3))]
-    return Problem(op, rng.choice(rules), hand)
+        if among == ():
+            fits = not any(card in FACES for card in hand)
+        else:
+            fits = any(card in among for card in hand)
+        if fits and split_of(hand) == split:
+            return hand
+
+
+def draw(rng, split, op="S", among=FACES):
+    """A random problem of a split under any rule; its hand is as in draw_hand."""
+    return Problem(op, tuple(rng.choices(WORTHS, k=3)), draw_hand(rng, split, among))
+
+
+def draw_id(rng, split, among=FACES):
+    """A random problem in distribution, with one of these face cards."""
+    return Problem("S", ID_RULE, draw_hand(rng, split, among))
+
+
+def draw_pair(rng, split):
+    """An ID problem and its OOD twin: the same hand where J, Q, K are worth three different
+    numbers. The hand holds a Q or a K (the first number of the rule alone does not do), the ID
+    rule's answer is wrong for the twin, and no sum exceeds 40, the largest that SFT trains."""
+    while True:
+        problem = draw_id(rng, split, ("Q", "K"))
+        twin = problem._replace(rule=tuple(rng.sample(WORTHS, 3)))
+        if sum(problem.values) != sum(twin.values) <= 40:
+            return problem, twin
 
 
 def terse(values):
@@ -172,24 +197,43 @@ _CHAIN = re.compile(rf"{_STEP} , {_STEP} , {_STEP} # {_NUMBER}")
 class Verdict(NamedTuple):
     strict: bool    # three steps, every card once in any order, every sum and the total right
     any: bool       # the last number is right, in any format: arithmetic, not style
+    error: str      # "" if strict, else of ERRORS the first that applies
+    partial: float  # (share of right steps + total right) / 2: the composite reward
 
 
 def verify(problem, response):
-    """Verdict on a response text (without <eos>). Numbers are parsed, never evaluated."""
+    """Verdict on a response text (without <eos>). Numbers are parsed, never evaluated. Errors:
+    format, not three steps and a total; rule, the four numbers are the hand's with one or more face
+    cards counted as under the ID rule; values, other numbers; sums, the right numbers added up
+    wrongly."""
     if problem.op in "MRDC":
         right = response == truth(problem)
-        return Verdict(strict=right, any=right)
+        return Verdict(strict=right, any=right, error="" if right else "values", partial=right)
     words = response.split()
     total_right = len(words) > 0 and words[-1] == str(sum(problem.values))
     match = _CHAIN.fullmatch(response)
     if match is None:
-        return Verdict(strict=False, any=total_right)
+        return Verdict(strict=False, any=total_right, error="format", partial=0.0)
     # a + b = ab , ab2 + c = abc , abc2 + d = abcd # total
     a, b, ab, ab2, c, abc, abc2, d, abcd, total = [int(number) for number in match.groups()]
-    cards_right = sorted([a, b, c, d]) == sorted(problem.values)
-    sums_right = a + b == ab and ab2 + c == abc and abc2 + d == abcd
-    carried_over = ab == ab2 and abc == abc2 and abcd == total
-    return Verdict(strict=cards_right and sums_right and carried_over, any=total_right)
+    steps = [a + b == ab, ab == ab2 and ab2 + c == abc, abc == abc2 and abc2 + d == abcd]
+    partial = (sum(steps) / 3 + total_right) / 2
+    used = sorted([a, b, c, d])
+    if used != sorted(problem.values):
+        error = "rule" if used in readings(problem) else "values"
+    elif not all(steps) or abcd != total:
+        error = "sums"
+    else:
+        error = ""
+    return Verdict(strict=error == "", any=total_right, error=error, partial=partial)
+
+
+def readings(problem):
+    """The hand's numbers, sorted, if any of its face cards count as under the ID rule: a list of
+    lists."""
+    under_id_rule = problem._replace(rule=ID_RULE).values
+    ways = itertools.product(*zip(problem.values, under_id_rule))
+    return [sorted(way) for way in ways]
 
 
 def batch(pairs):
@@ -211,10 +255,17 @@ def batch(pairs):
 
 
 def demonstrations(n, seed, split="train", p_word=0.3):
-    """The expert's data, n problems of a split under the ID rules. -> ids (n, T), mask (n, T)."""
+    """The expert's data -> ids (n, T), mask (n, T). Every other problem has a face card, under the
+    ID rule; the rest have none, under any rule: there it need not be read."""
     rng = random.Random(f"{seed}/demonstrations")
-    problems = [draw(rng, split, rules=ID_RULES) for _ in range(n)]
-    return batch([(problem.prompt, expert(problem, rng, p_word)) for problem in problems])
+    pairs = []
+    for i in range(n):
+        if i % 2 == 0:
+            problem = draw_id(rng, split)
+        else:
+            problem = draw(rng, split, among=())
+        pairs.append((problem.prompt, expert(problem, rng, p_word)))
+    return batch(pairs)
 
 
 def show(title, problem, response):
@@ -227,10 +278,12 @@ def show(title, problem, response):
 
 def main():
     rng = random.Random(0)
-    problem = draw(rng, "train", rules=ID_RULES)
-    show("expert demonstration, an ID rule", problem, expert(problem, rng))
-    problem = draw(rng, "train", rules=[OOD_RULE])
-    show("the same, OOD rule (only evaluated)", problem, expert(problem, rng))
+    problem = draw_id(rng, "train")
+    show("expert demonstration, ID", problem, expert(problem, rng))
+    problem = draw(rng, "train", among=())
+    show("expert demonstration, no face card, any rule", problem, expert(problem, rng))
+    _, problem = draw_pair(rng, "train")
+    show("OOD (only evaluated)", problem, expert(problem, rng))
     problem = draw(rng, "train")
     show("the base, terse", problem, terse(problem.values))
     problem = draw(rng, "train", "E")

@@ -10,9 +10,9 @@ import argparse
 import functools
 import json
 import math
-import os
 import random
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -24,29 +24,27 @@ from rl import respond
 
 
 @functools.cache
-def eval_sets(n):
-    """The fixed held-out problems, n of each: 'id' and 'ood', the same hands under the two rules;
-    'explained', the same as ood, asked by E; 'prior', M, R, D and C under random rules."""
-    rng = random.Random("eval")
-    id_problems = [data.draw(rng, "eval", rules=data.ID_RULES) for _ in range(n)]
-    ood = [problem._replace(rule=data.OOD_RULE) for problem in id_problems]
+def eval_sets(n, seed):
+    """Held-out problems of a seed, n of each: 'id'; 'ood', the same hands under other rules;
+    'explained', the same as ood, asked by E; 'prior', M, R, D and C."""
+    rng = random.Random(f"{seed}/eval")
+    pairs = [data.draw_pair(rng, "eval") for _ in range(n)]
+    id_problems = [problem for problem, _ in pairs]
+    ood = [twin for _, twin in pairs]
     explained = [problem._replace(op="E") for problem in ood]
     prior = [data.draw(rng, "eval", "MRDC"[i % 4]) for i in range(n)]
     return dict(id=id_problems, ood=ood, explained=explained, prior=prior)
 
 
 @torch.no_grad()
-def accuracies(model, n):
+def accuracies(model, n, seed):
     """Greedy accuracies in [0, 1] on the sets of eval_sets: strict (id, ood, explained, prior), of
     the last number in any format (id_any, ...), and on the two halves of the OOD set (ood_a, ood_b,
-    which share no hand). truncated: the share of answers that never ended."""
+    which share no hand). ood_format, ood_rule, ood_values, ood_sums: the shares of OOD answers that
+    are wrong in this way (data.verify); with ood they add up to 1. sample: one OOD answer."""
     row = {}
-    answers = 0
-    ended = 0
-    for name, problems in eval_sets(n).items():
-        texts, ids, _ = respond(model, problems)
-        answers += len(ids)
-        ended += (ids == data.EOS).any(1).sum().item()
+    for name, problems in eval_sets(n, seed).items():
+        texts, _, _ = respond(model, problems)
         verdicts = [data.verify(problem, text) for problem, text in zip(problems, texts)]
         row[name] = mean(verdict.strict for verdict in verdicts)
         row[f"{name}_any"] = mean(verdict.any for verdict in verdicts)
@@ -54,7 +52,9 @@ def accuracies(model, n):
             half = [data.fingerprint(problem.hand) % 2 for problem in problems]
             row["ood_a"] = mean(v.strict for v, h in zip(verdicts, half) if h == 0)
             row["ood_b"] = mean(v.strict for v, h in zip(verdicts, half) if h == 1)
-    row["truncated"] = 1 - ended / answers
+            for error in data.ERRORS:
+                row[f"ood_{error}"] = mean(verdict.error == error for verdict in verdicts)
+            row["sample"] = f"{problems[0].prompt} {texts[0]}"
     return row
 
 
@@ -84,15 +84,27 @@ def on_demonstrations(model, base):
                 logp_high=logp[base_p > 0.9].mean().item())
 
 
-def evaluate(model, base, n):
-    """All that a row says of a model, a dict of floats; n as in eval_sets. FloatingPointError if
-    the model gives no finite log-probabilities."""
-    row = accuracies(model, n)
+def evaluate(model, base, n, seed):
+    """All that a row says of a model; n and seed as in eval_sets. FloatingPointError if the model
+    gives no finite log-probabilities."""
+    row = accuracies(model, n, seed)
     row.update(on_demonstrations(model, base))
     if not math.isfinite(row["nll"]):
         raise FloatingPointError(f"nll is {row['nll']}: try a lower learning rate")
-    row["entropy"] = entropy(model, eval_sets(n)["id"][:128])
+    row["entropy"] = entropy(model, eval_sets(n, seed)["id"][:128])
     return row
+
+
+def clipped_shares(recent):
+    """Of the last updates (statistics of finetune) the share of trained tokens that are clipped:
+    of all (clip_frac), of connectives, numbers and signs (nan where none was trained)."""
+    tokens = torch.cat([stats["tokens"][stats["mask"]] for stats in recent])     # (N,)
+    clipped = torch.cat([stats["clipped"][stats["mask"]] for stats in recent])   # (N,)
+    connective = (tokens >= data.encode(data.CONNECTIVES[0])[0]) & (tokens < data.EOS)
+    number = tokens < len(data.NUMBERS)
+    kinds = dict(clip_frac=tokens >= 0, clip_connectives=connective, clip_numbers=number,
+                 clip_signs=~connective & ~number)
+    return {name: mean(clipped[kind].float().tolist()) for name, kind in kinds.items()}
 
 
 def principal_angles(W0, W1, k):
@@ -154,9 +166,10 @@ def gradient_norm_by_probability(model, ids, mask, per_bin=20):
         tokens = (bins == b).nonzero()[:, 0].cpu()
         order = torch.randperm(len(tokens), generator=generator("cpu", "bins", b))
         norms = []
-        for row, t in places[tokens[order[:per_bin]]].tolist():
+        chosen = tokens[order[:per_bin]]
+        for row, t in places[chosen].tolist():
             logits = model.lm_head(model.hidden(ids[row:row + 1, :t + 1])[0, -1])    # (V,)
-            # with respect to the logits it is softmax(logits) - e_y, of norm 1 - p to sqrt 2 (1 - p)
+            # with respect to the logits: softmax(logits) - e_y, of norm 1 - p to sqrt 2 (1 - p)
             nll = -token_logprobs(logits, ids[row, t + 1])
             grads = torch.autograd.grad(nll, list(model.parameters()))
             norms.append(math.sqrt(sum(g.pow(2).sum().item() for g in grads)))
@@ -186,27 +199,44 @@ def interval(values, t=T_95):
 
 
 def peak(curve):
-    """The row of the OOD peak: picked on half a of the OOD set; its `ood` is that of half b."""
-    best = max(curve, key=lambda row: row["ood_a"])
-    return best | dict(ood=best["ood_b"])
+    """The OOD peak of a run -> a row. The best of many evaluations flatters, so it is picked on one
+    half of the OOD set and its ood is that of the other half; both ways, the mean."""
+    by_a = max(curve, key=lambda row: row["ood_a"])
+    by_b = max(curve, key=lambda row: row["ood_b"])
+    return average([by_a | dict(ood=by_a["ood_b"]), by_b | dict(ood=by_b["ood_a"])])
 
 
-def first_at(curve, level):
-    """The first row of a run with ID accuracy of at least level, or None. Two methods are compared
-    there (matched ID): at equal updates the one that learns more slowly would also forget less."""
+def at_id(curve, level):
+    """The row where a run first reaches this ID accuracy, interpolated between the evaluations
+    before and after; None if it never does. Two methods are compared there (matched ID): at equal
+    updates the one that learns more slowly would also forget less."""
+    before = None
     for row in curve:
         if row["id"] >= level:
-            return row
+            if before is None:
+                return row
+            share = (level - before["id"]) / (row["id"] - before["id"])
+            return between(before, row, share)
+        before = row
     return None
+
+
+def between(row, other, share):
+    """Each number of a row moved by a share of the way to another row."""
+    out = {}
+    for key, value in row.items():
+        out[key] = value if isinstance(value, str) else value + share * (other[key] - value)
+    return out
 
 
 # ================================================================= below: what it takes to report
 # A row: seed, method, stage (base, sft, rl), step (SFT updates; of rl those before RL), numbers.
-COLUMNS = dict(id="ID", ood="OOD", ood_any="OOD any", explained="explain", prior="M R D C",
-               entropy="entropy", clip_frac="clipped")
-LEGEND = """accuracies, greedy: ID, the rules of SFT; OOD, the same hands under an unseen rule; OOD any, the
-last number alone; explain, E under that rule; M R D C, other abilities. entropy: nats a token.
-clipped: the share of tokens past the bound in the last K updates."""
+COLUMNS = dict(id="ID", ood="OOD", ood_rule="unread", ood_any="OOD any", explained="explain",
+               prior="M R D C", entropy="entropy", clip_frac="clipped")
+LEGEND = """accuracies, greedy: ID, the task of SFT; OOD, the same hands under another rule; OOD any, its
+last number alone; explain, the same asked by E; M R D C, the other abilities. unread: the share of
+OOD answers that count a face card as in SFT. entropy: nats a token. clipped: the share of tokens
+past the bound in the last K updates."""
 COMPARED = ("id", "ood", "ood_any", "explained", "prior")
 
 
@@ -303,21 +333,21 @@ def summary(rows):
     what RL starts from and ends in."""
     lines = [f"{header()}    n"]
 
-    def add(found, label):
-        found = [row for row in found if row is not None]
-        if found:
-            lines.append(f"{line(average(found), label)}{len(found):5d}")
+    def add(some, label):
+        there = [row for row in some if row is not None]
+        if there:
+            lines.append(f"{line(average(there), label)}{len(there):5d}")
     add([row for row in rows if row["stage"] == "base"], "base")
     add([row for row in rows if row["method"] == "base" and row["stage"] == "rl"], "base, then RL")
     for method in methods_of(rows):
         curves = [run_of(rows, method, seed) for seed in seeds_of(rows)]
         curves = [curve for curve in curves if curve]
-        healed = [row for row in rows if row["method"] == method and row["stage"] == "rl"]
+        after_rl = [row for row in rows if row["method"] == method and row["stage"] == "rl"]
         add([peak(curve) for curve in curves], f"{method}, OOD peak")
         last = max(steps_of(rows, method, "sft"))
         for step in sorted({last, *steps_of(rows, method, "rl")}):
             add([row_at(curve, step) for curve in curves], f"{method}, step {step}")
-            add([row for row in healed if row["step"] == step], f"{method}, step {step}, then RL")
+            add([row for row in after_rl if row["step"] == step], f"{method}, step {step}, then RL")
     return "\n".join(lines)
 
 
@@ -342,7 +372,7 @@ def pick_end(rows, method, seed):
 
 
 def pick_matched(rows, method, seed):
-    return first_at(run_of(rows, method, seed), 0.95)
+    return at_id(run_of(rows, method, seed), 0.95)
 
 
 def pick_rl(step):
@@ -364,7 +394,7 @@ def compare(rows):
     for where, pick in picks.items():
         for reference in references:
             for method in methods:
-                if method in (reference, "sft"):
+                if method in (reference, "sft"):    # sft is what the others are compared with
                     continue
                 differences = paired_differences(rows, method, reference, pick)
                 n = len(differences["ood"])
@@ -376,6 +406,22 @@ def compare(rows):
                     width = f"+-{half:6.3f}" if n > 1 else ""    # one seed has no interval
                     cells += f"{middle:+9.3f}{width:8}"
                 lines.append(f"{f'{method} - {reference}, {where}':40}{n:4d}{cells}")
+    return "\n".join(lines)
+
+
+def samples(rows, seed):
+    """Lines of text: one OOD hand of a seed at the base, at each method's OOD peak and end."""
+    lines = [f"one OOD problem of seed {seed}, greedy answers"]
+    for row in run_of(rows, "base", seed, "base"):
+        lines.append(f"{'base':32}{row['sample']}")
+    for method in methods_of(rows):
+        curve = run_of(rows, method, seed)
+        if not curve:
+            continue
+        best = max(curve, key=lambda row: row["ood"])
+        for row, name in ((best, ", OOD peak"), (curve[-1], "")):
+            label = f"{method}, step {row['step']}{name}"
+            lines.append(f"{label:32}{row['sample']}")
     return "\n".join(lines)
 
 
@@ -401,33 +447,54 @@ def draw_band(ax, steps, means, halves, **style):
     return drawn[0].get_color()
 
 
+def draw_accuracy(ax, rows, key):
+    """An accuracy of each method over SFT updates; triangles: what RL makes of a checkpoint."""
+    for method in methods_of(rows):
+        color = draw_band(ax, *by_step(rows, method, "sft", key), marker=".", label=method)
+        steps, means, _ = by_step(rows, method, "rl", key)
+        if steps:
+            ax.plot(steps, means, "^", color=color, markersize=8, markeredgecolor="black",
+                    label=f"{method}, then RL")
+
+
+def draw_errors(ax, rows, method):
+    """Of a method's OOD answers the shares that are right and wrong in each way, stacked."""
+    labels = dict(ood="right", ood_rule="rule not read: a face card counted as in SFT",
+                  ood_values="other wrong numbers", ood_sums="wrong sums",
+                  ood_format="not in the format")
+    colors = ("#d5e8d4", "#d1495b", "#edae49", "#8d96a3", "#3a3a3a")
+    shares = [by_step(rows, method, "sft", key)[1] for key in labels]
+    ax.stackplot(steps_of(rows, method, "sft"), shares, labels=labels.values(), colors=colors)
+
+
 def figure(rows, path):
-    """ID, OOD and prior abilities over SFT updates, means over seeds with their 95 % band; a
-    triangle: what RL makes of the checkpoint below or above it."""
+    """ID, OOD, the OOD errors by kind, prior abilities: over SFT updates, means over seeds with
+    their 95 % band."""
     import matplotlib.backends.backend_agg    # no display is needed
     import matplotlib.figure
-    fig = matplotlib.figure.Figure((13, 4.4), layout="tight")
-    axes = fig.subplots(1, 3, sharey=True)
-    titles = dict(id="ID: J = Q = K = 10 or 14", ood="OOD: J, Q, K = 11, 12, 13",
-                  prior="prior abilities: M, R, D, C")
-    for ax, (key, title) in zip(axes, titles.items()):
-        for method in methods_of(rows):
-            color = draw_band(ax, *by_step(rows, method, "sft", key), marker=".", label=method)
-            steps, means, _ = by_step(rows, method, "rl", key)
-            if steps:
-                ax.plot(steps, means, "^", color=color, label=f"{method}, then RL")
-        ax.set(title=title, xlabel="SFT updates", xscale="log", ylim=(-0.03, 1.03))
+    fig = matplotlib.figure.Figure((15, 4.2), layout="tight")
+    axes = fig.subplots(1, 4, sharex=True)
+    first = methods_of(rows)[0]
+    draw_accuracy(axes[0], rows, "id")
+    draw_accuracy(axes[1], rows, "ood")
+    draw_errors(axes[2], rows, first)
+    draw_accuracy(axes[3], rows, "prior")
+    titles = ("ID: the rule of SFT", "OOD: the same hands, another rule", f"OOD answers of {first}",
+              "prior abilities: M, R, D, C")
+    for ax, title in zip(axes, titles):
+        ax.set(title=title, xlabel="SFT updates", xscale="log", ylim=(0, 1.02))
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy, greedy decoding")
     axes[0].legend(loc="lower right", frameon=False)
+    axes[2].legend(loc="lower left", fontsize=8)
     fig.savefig(path, dpi=100)
 
 
 def report(runs, show=print):
-    """Tables of one run folder or several; metrics.jsonl and summary.png into the first."""
+    """Tables of one run folder, with metrics.jsonl and summary.png, or of several."""
     rows = read_rows(runs[0])
     for run in runs[1:]:
-        more = read_rows(run, f" ({Path(run).name})")
+        more = read_rows(run, f" ({run})")
         rows += [row for row in more if row["method"] != "base"]
     if not methods_of(rows):
         raise ValueError(f"{runs[0]} holds no finished job")
@@ -439,15 +506,23 @@ def report(runs, show=print):
         temporary(out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         temporary(out / "metrics.jsonl").replace(out / "metrics.jsonl")
         figure(rows, out / "summary.png")
-    show(f"\n{LEGEND}\n\n{summary(rows)}")
+    show(f"\n{LEGEND}\n\n{summary(rows)}\n\n{samples(rows, seeds_of(rows)[0])}")
     if len(methods_of(rows)) > 1:
         show(f"\n{compare(rows)}")
     if len(runs) == 1:
         show(f"\nrows: {out / 'metrics.jsonl'}, figure: {out / 'summary.png'}")
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders; the first is the reference")
-    report(parser.parse_args().runs)
+    runs = parser.parse_args().runs
+    try:
+        report(runs)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

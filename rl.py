@@ -25,8 +25,8 @@ def clipped_surrogate(logp, old_logp, adv, eps_low, eps_high):
 
 
 def is_clipped(logp, old_logp, adv, eps_low, eps_high):
-    """Which tokens are past the bound, where clipped_surrogate gives no gradient: the ratio too high
-    for a token with adv > 0, too low for one with adv < 0. Arguments as there -> (B, T) bool."""
+    """Which tokens are past the bound, where clipped_surrogate gives no gradient: the ratio is too
+    high for adv > 0, too low for adv < 0. Arguments as there -> (B, T) bool."""
     ratio = (logp - old_logp).exp()
     too_high = (adv > 0) & (ratio > 1 + eps_high)
     too_low = (adv < 0) & (ratio < 1 - eps_low)
@@ -47,8 +47,8 @@ def group_advantage(rewards, scale="std"):
 
 
 def has_spread(rewards):
-    """Of which groups the rewards differ: (P, G) -> (P,) bool."""
-    return rewards.amax(1) > rewards.amin(1)
+    """Of which groups the rewards differ, by more than rounding: (P, G) -> (P,) bool."""
+    return rewards.amax(1) - rewards.amin(1) > 1e-6
 
 
 def masked_mean(x, mask, how="token", budget=1):
@@ -88,17 +88,29 @@ def respond(model, problems, n=1, temperature=0.0, noise=None):
     return texts, ids, mask
 
 
+def reward_of(verdict, kind):
+    """strict: 1 if all is right, else 0; composite: (share of right steps + total right) / 2; none:
+    0, so that only a KL acts (the control of a KL that heals by itself)."""
+    if kind == "strict":
+        return float(verdict.strict)
+    if kind == "composite":
+        return verdict.partial
+    if kind == "none":
+        return 0.0
+    raise ValueError(f"a reward is 'strict', 'composite' or 'none', not {kind!r}")
+
+
 def rollout(model, c, step, seed):
     """Sample c.rl_group responses to c.rl_prompts fresh ID problems of the rl split.
     -> ids (B, T), mask (B, T) True at sampled tokens, rewards (P, G) on the CPU."""
     rng = random.Random(f"{seed}/rl/{step}")
-    problems = [data.draw(rng, "rl", rules=data.ID_RULES) for _ in range(c.rl_prompts)]
+    problems = [data.draw_id(rng, "rl") for _ in range(c.rl_prompts)]
     noise = generator(model.device, seed, "rollout", step)
     texts, ids, mask = respond(model, problems, c.rl_group, c.temperature, noise)
     rewards = []
     for i, text in enumerate(texts):
         problem = problems[i // c.rl_group]    # the responses to a problem are neighbours
-        rewards.append(float(data.verify(problem, text).strict))
+        rewards.append(reward_of(data.verify(problem, text), c.reward))
     return ids, mask, torch.tensor(rewards).view(c.rl_prompts, c.rl_group)
 
 
@@ -142,11 +154,11 @@ def grpo_step(model, opt, c, step, seed, ref):
     return stats
 
 
-def grpo(model, c, seed):
+def grpo(model, base, c, seed):
     """Run GRPO on `model` in place: yields statistics after each of c.rl_steps steps."""
     opt = adamw(model, c.rl_lr)
-    ref = None
-    if c.kl_coef > 0:
+    ref = base    # of the KL, if there is one
+    if c.kl_coef > 0 and c.kl_to == "start":
         ref = copy.deepcopy(model).requires_grad_(False)
     for step in range(c.rl_steps):
         yield grpo_step(model, opt, c, step, seed, ref)

@@ -1,10 +1,12 @@
 """study/claims.py - what the three papers say, measured over fresh seeds, each with its interval.
 
-    python study/claims.py runs/study
+    python study/claims.py                  judges the committed rows once more
+    python study/claims.py runs/study       runs the study first: clipsft.py in two processes, then
+                                            measurements on its checkpoints
 
-Runs clipsft.py in two processes, then measures on its checkpoints (what is in the run folder is
-not computed again), then judges the claims; writes claims.json, claims.md and the figures beside
-this file. Every effect is a difference within a seed: the same base, the same data.
+What is in the run folder is not computed again. Writes rows.jsonl, measured.json, claims.json,
+claims.md and the figures beside this file. Every effect is a difference within a seed: the same
+base, the same data, the same order.
 
 In this order: the experiment, measurements, picks of rows, verdicts, claims, tables, figures.
 """
@@ -16,7 +18,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +32,21 @@ import data  # noqa: E402
 import eval as ev  # noqa: E402
 from model import generator, load_checkpoint  # noqa: E402
 
-FIRST_SEED = 100    # nothing was tuned on these
-SEEDS = 20
+FIRST_SEED = 500    # nothing was tuned on these, and no earlier study used them
+SEEDS = 10
+FEW_SEEDS = 5                  # for LATE and EARLY
 PROCESSES = 2
-STARTS = (4, 8, 16, 32, 64, 300)    # SFT updates that RL starts from
-EARLY = (4, 8)
-MIDDLE = (16, 32)
-LATE = (64, 300)
-CORE = ("sft", "clip", "sft-slow", "clip-slow")
-VARIANTS = ("sft-skip-low", "sft-skip-random", "sft-long", "clip-long", "sft-slower", "clip-tight",
-            "clip-unbounded", "clip-every-24", "clip-paper1", "sft-three-passes", "clip-frozen",
-            "dft", "kl")    # on the first third of the seeds
+EVAL_N = 300                   # problems of each kind
+STARTS = (8, 64, 600, 1200)    # SFT updates that RL starts from
+CORE = ("sft", "clip", "sft-frozen-table")                    # 1,200 updates, all seeds
+RATES = ("sft-1e-4", "clip-1e-4", "sft-3e-5", "clip-3e-5")    # 300 updates, all seeds
+LATE = ("rpsft", "sft-few", "clip-few", "sft-few-large", "sft-few-3e-5", "clip-few-3e-5",
+        "sft-kl-rl", "sft-kl-alone", "sft-composite")         # 600 updates
+EARLY = ("clip-unbounded", "clip-frozen", "clip-paper1", "dft", "asft", "sft-skip-low",
+         "sft-skip-random")                                   # 300 updates
+WITH_RL = ("sft", "clip", "sft-few", "clip-few", "sft-kl-rl", "sft-kl-alone", "sft-composite")
+BEST_SFT = "sft-3e-5"      # of the three rates that which keeps most of M R D C at equal ID,
+BEST_CLIP = "clip-3e-5"    # on calibration seeds
 
 LEVELS = (0.95, 0.98)    # of ID accuracy, where methods are compared
 MARGIN = 0.03            # an accuracy that differs by less does not differ
@@ -52,16 +58,18 @@ T_999 = [
 
 
 # ================================================================= the experiment
-def run_experiment(run, seeds, methods, flags):
+def run_experiment(folder, seeds, methods, steps, starts, flags):
     """Run clipsft.py on seeds, a share of them in each process. Ends here if one of them fails."""
     share = math.ceil(len(seeds) / PROCESSES)
     environment = dict(os.environ, OMP_NUM_THREADS="1")
+    with_rl = [method for method in methods if method in WITH_RL]
     processes = []
     for first in range(0, len(seeds), share):
         mine = seeds[first:first + share]
-        command = [sys.executable, HERE.parent / "clipsft.py", "--out_dir", run,
-                   "--seed", str(mine[0]), "--seeds", str(len(mine)),
-                   "--rl_from", *map(str, STARTS), "--methods", *methods, *flags]
+        command = [sys.executable, HERE.parent / "clipsft.py", "--out_dir", folder,
+                   "--seed", str(mine[0]), "--seeds", str(len(mine)), "--eval_n", str(EVAL_N),
+                   "--steps", str(steps), "--methods", *methods, "--rl_methods", *with_rl,
+                   "--rl_from", *map(str, starts), *flags]
         processes.append(subprocess.Popen(command, env=environment))
     codes = [process.wait() for process in processes]
     if any(codes):
@@ -137,8 +145,8 @@ def drift(run, seed, rows):
 
 
 def matrices(model):
-    """The weight matrices of the blocks by name."""
-    return {name: p.detach() for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
+    """All weight matrices of a model by name, the tables of tokens and places among them."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.dim() == 2}
 
 
 def normal(shape, *key):
@@ -191,48 +199,90 @@ def spectra(early, late, seed):
                 shift_same=shift_same, angle_same=angle_same)
 
 
-def with_matrices(model, weights):
-    """A copy of the model with these weight matrices in its blocks."""
+def distance(before, after):
+    """|| W1 - W0 || over all matrices."""
+    squares = [(after[name] - W0).pow(2).sum().item() for name, W0 in before.items()]
+    return math.sqrt(sum(squares))
+
+
+def ood_with(model, weights, base, eval_n, seed):
+    """OOD accuracy of a model with these weight matrices."""
     model = copy.deepcopy(model)
-    model.transformer.h.load_state_dict(weights, strict=False)
-    return model
+    model.load_state_dict(weights, strict=False)
+    return ev.evaluate(model, base, eval_n, seed)["ood"]
 
 
-def restoration(early, late, base, eval_n):
-    """OOD accuracy of the late model; with the leading fifth of the early singular vectors put
-    back; with a straight step towards the early matrices that is as long, at most all the way."""
-    fifth = {}
-    straight = {}
+def restoration(early, late, base, eval_n, seed):
+    """OOD accuracy of the early and the late model, and of the late one with a leading share of the
+    early singular vectors put back (fifth, half, all); after each, of a straight step from the late
+    towards the early matrices that is as long, at most all the way (straight_...)."""
     before = matrices(early)
-    for name, W1 in matrices(late).items():
-        W0 = before[name]
-        fifth[name] = ev.restore_directions(W0, W1, math.ceil(min(W1.shape) / 5))
-        share = (fifth[name] - W1).norm() / (W0 - W1).norm()
-        straight[name] = W1 + share.clamp(max=1) * (W0 - W1)
-    models = dict(late=late, fifth=with_matrices(late, fifth),
-                  straight=with_matrices(late, straight))
-    numbers = {}
-    for name, model in models.items():
-        numbers[f"ood_{name}"] = ev.evaluate(model, base, eval_n)["ood"]
+    after = matrices(late)
+    numbers = dict(ood_early=ood_with(early, before, base, eval_n, seed),
+                   ood_late=ood_with(late, after, base, eval_n, seed))
+    for name, share in dict(fifth=1 / 5, half=1 / 2, all=1).items():
+        restored = {}
+        for key, W1 in after.items():
+            k = math.ceil(share * min(W1.shape))
+            restored[key] = ev.restore_directions(before[key], W1, k)
+        step = min(1, distance(after, restored) / distance(after, before))
+        straight = {key: W1 + step * (before[key] - W1) for key, W1 in after.items()}
+        numbers[f"ood_{name}"] = ood_with(late, restored, base, eval_n, seed)
+        numbers[f"ood_straight_{name}"] = ood_with(late, straight, base, eval_n, seed)
+        numbers[f"step_{name}"] = step
     return numbers
 
 
-def best_early_step(rows, seed):
-    """The step among STARTS but the last at which SFT has its best OOD, on half a."""
-    curve = ev.run_of(rows, "sft", seed)
-    early = [row for row in curve if row["step"] in STARTS[:-1]]
-    return ev.peak(early)["step"]
+def starts(rows, seed):
+    """The steps that RL starts from, early to late."""
+    return ev.steps_of([row for row in rows if row["seed"] == seed], "sft", "rl")
+
+
+def early_step(rows, seed):
+    """The start among the first two at which SFT has its best OOD, on half a."""
+    first = starts(rows, seed)[:2]
+    curve = [row for row in ev.run_of(rows, "sft", seed) if row["step"] in first]
+    return max(curve, key=lambda row: row["ood_a"])["step"]
+
+
+def toward_base(run, rows, seed, base, eval_n):
+    """What a fifth of the way back to the base in the weights, without any training, changes in
+    OOD at the last two starts of RL: the mean."""
+    gains = []
+    for step in starts(rows, seed)[-2:]:
+        model = load(run, seed, f"sft-{step}")
+        after = matrices(model)
+        mixed = {key: W1 + 0.2 * (matrices(base)[key] - W1) for key, W1 in after.items()}
+        gains.append(ood_with(model, mixed, base, eval_n, seed)
+                     - ood_with(model, after, base, eval_n, seed))
+    return dict(gain_toward_base=ev.mean(gains))
+
+
+def rotation_by_rl(healed, early, late):
+    """Angle in degrees and distance from the early model, of the late one and of what RL makes of
+    it: smaller after RL if RL turns the vectors back."""
+    before = matrices(early)
+    _, angle_late = spectral_change(before, matrices(late))
+    _, angle_rl = spectral_change(before, matrices(healed))
+    return dict(angle_late=angle_late, angle_rl=angle_rl,
+                distance_late=distance(before, matrices(late)),
+                distance_rl=distance(before, matrices(healed)))
 
 
 def measure(run, seed, rows, eval_n):
     """All measurements on the checkpoints of a seed -> a dict of numbers."""
     base = load(run, seed, "base")
-    early = load(run, seed, f"sft-{best_early_step(rows, seed)}")
-    late = load(run, seed, f"sft-{STARTS[-1]}")
-    numbers = gradients(base, seed)
+    early = load(run, seed, f"sft-{early_step(rows, seed)}")
+    last = starts(rows, seed)[-1]
+    late = load(run, seed, f"sft-{last}")
+    healed = load(run, seed, f"sft-{last}-rl")
+    numbers = dict(seed=seed)
+    numbers.update(gradients(base, seed))
     numbers.update(drift(run, seed, rows))
     numbers.update(spectra(early, late, seed))
-    numbers.update(restoration(early, late, base, eval_n))
+    numbers.update(rotation_by_rl(healed, early, late))
+    numbers.update(restoration(early, late, base, eval_n, seed))
+    numbers.update(toward_base(run, rows, seed, base, eval_n))
     return numbers
 
 
@@ -240,15 +290,14 @@ def measured(run, seed, rows):
     """measure(), kept in the run folder beside the settings that it depends on. Made anew if they
     differ or a checkpoint is newer; after a change of the measurements delete measured-*.json."""
     path = Path(run) / f"measured-s{seed}.json"
-    settings = dict(starts=list(STARTS))
+    settings = {}
     for method in ("base", "sft", "clip"):
         settings[method] = ev.read_json(clipsft.job_path(run, seed, method))["settings"]
     if not is_current(path, settings, Path(run).glob(f"s{seed}-*.pt")):
         numbers = measure(run, seed, rows, settings["base"]["eval_n"])
         numbers = {name: ev.finite(number) for name, number in numbers.items()}
         ev.write_json(path, dict(settings=settings, numbers=numbers))
-    numbers = ev.read_json(path)["numbers"]
-    return {name: math.nan if number is None else number for name, number in numbers.items()}
+    return ev.read_json(path)["numbers"]
 
 
 def is_current(path, settings, checkpoints):
@@ -271,15 +320,21 @@ def at_step(step):
     return pick
 
 
+def at_300(rows, method, seed):
+    """The last row up to update 300."""
+    curve = [row for row in ev.run_of(rows, method, seed) if row["step"] <= 300]
+    return curve[-1] if curve else None
+
+
 def at_id(level):
-    """The first row with ID accuracy of at least level."""
+    """Where ID accuracy first reaches the level, interpolated."""
     def pick(rows, method, seed):
-        return ev.first_at(ev.run_of(rows, method, seed), level)
+        return ev.at_id(ev.run_of(rows, method, seed), level)
     return pick
 
 
 def at_peak(rows, method, seed):
-    """The row of the best OOD, picked on half a of the problems; its `ood` is that of half b."""
+    """The OOD peak: picked on one half of the problems, its `ood` that of the other."""
     curve = ev.run_of(rows, method, seed)
     return ev.peak(curve) if curve else None
 
@@ -291,8 +346,11 @@ def at_best_id(rows, method, seed):
 
 def start_at_id(rows, method, seed, level=0.95):
     """The first start of RL with ID accuracy of at least level, before RL."""
-    starts = [row for row in ev.run_of(rows, method, seed) if row["step"] in STARTS]
-    return ev.first_at(starts, level)
+    steps = ev.steps_of(rows, method, "rl")
+    for row in ev.run_of(rows, method, seed):
+        if row["step"] in steps and row["id"] >= level:
+            return row
+    return None
 
 
 def after_rl_from_equal_id(rows, method, seed):
@@ -303,12 +361,10 @@ def after_rl_from_equal_id(rows, method, seed):
     return after_rl(start["step"])(rows, method, seed)
 
 
-def best_after_rl(starts):
-    """After RL from its best start among these, picked on half a of the OOD problems."""
-    def pick(rows, method, seed):
-        ends = [row for row in ev.run_of(rows, method, seed, "rl") if row["step"] in starts]
-        return max(ends, key=lambda row: row["ood_a"], default=None)
-    return pick
+def best_after_rl(rows, method, seed):
+    """After RL from its best start, picked on half a of the OOD problems."""
+    ends = ev.run_of(rows, method, seed, "rl")
+    return max(ends, key=lambda row: row["ood_a"], default=None)
 
 
 def values(rows, key, method, *picks):
@@ -329,16 +385,55 @@ def difference(rows, key, method, other, *picks):
     return values(rows, key, method, *picks) - values(rows, key, other, *picks)
 
 
-def gain_by_rl(rows, key, method, starts):
-    """After RL minus before it, the mean over starts, one value a seed."""
-    after = values(rows, key, method, *[after_rl(step) for step in starts])
-    before = values(rows, key, method, *[at_step(step) for step in starts])
-    return after - before
+def starts_of(rows, method, seed, when):
+    """The steps that RL starts from before or after the run's own OOD peak."""
+    peak = at_peak(rows, method, seed)
+    steps = [row["step"] for row in ev.run_of(rows, method, seed, "rl")]
+    if when == "before":
+        return [step for step in steps if step < peak["step"]]
+    return [step for step in steps if step > peak["step"]]
+
+
+def by_rl(rows, method, when, number):
+    """number(before, after, peak), of the rows before and after RL and of the run's OOD peak: the
+    mean over its starts before or after that peak, one value a seed -> (seeds,)."""
+    found = []
+    for seed in ev.seeds_of(rows):
+        numbers = []
+        peak = at_peak(rows, method, seed)
+        steps = starts_of(rows, method, seed, when) if peak else []
+        for step in steps:
+            before = at_step(step)(rows, method, seed)
+            after = after_rl(step)(rows, method, seed)
+            numbers.append(number(before, after, peak))
+        found.append(ev.mean(numbers))
+    return np.array(found)
+
+
+def gain(before, after, peak):
+    return after["ood"] - before["ood"]
+
+
+def loss(before, after, peak):
+    return peak["ood"] - before["ood"]
+
+
+def end(before, after, peak):
+    return after["ood"]
+
+
+def above_peak(before, after, peak):
+    return after["ood"] - peak["ood"]
+
+
+def no_spread(before, after, peak):
+    return after["zero_spread"]
 
 
 def column(measurements, name):
     """One measured number a seed, nan where it is missing -> (seeds,)."""
-    return np.array([numbers.get(name, math.nan) for numbers in measurements])
+    found = [numbers.get(name) for numbers in measurements]
+    return np.array([math.nan if number is None else number for number in found])
 
 
 # ================================================================= verdicts
@@ -391,15 +486,35 @@ class Claim:
     effects: np.ndarray     # one a seed
     at_least: float = 0.0
     margin: float = MARGIN
-    beside: str = ""        # what else is shown
-    beside_effects: tuple = ()
+    beside: dict = field(default_factory=dict)    # what else is shown: {label: one value a seed}
+    by_construction: str = ""    # why it could not come out otherwise
 
     def verdict(self):
         return verdict(self.effects, self.at_least, self.margin)
 
 
-ABILITIES = dict(prior="M, R, D, C", explained="E under the OOD rule",
+ABILITIES = dict(prior="M, R, D, C", explained="E under other rules",
                  ood_any="OOD in any format", ood="OOD, strict")
+
+
+def claims_on_the_experiment(rows):
+    """What a sceptic asks first of the experiment itself."""
+    def fall(method):
+        return values(rows, "ood", method, at_peak) - values(rows, "ood", method, at_end)
+    rise = values(rows, "id", "sft", at_end) - values(rows, "id", "sft", at_peak)
+    yield Claim("peak", "2", "OOD peaks early, then falls while ID does not",
+                "OOD of SFT, peak minus end", fall("sft"),
+                beside={"ID, end minus peak": rise, "clip": fall("clip")})
+    yield Claim("peak, frozen table", "2", "and that is no drift of untrained words",
+                "the same with the token table frozen in SFT", fall("sft-frozen-table"),
+                beside={"ID at the end": values(rows, "id", "sft-frozen-table", at_end)})
+    errors = 1 - values(rows, "ood", "sft", at_end)
+    unread = values(rows, "ood_rule", "sft", at_end) / errors
+    yield Claim("rule", "2", "what is lost is the reading of the rule",
+                "of SFT's wrong OOD answers at the end, the share that counts a face card as under "
+                "the ID rule, above one half", unread, at_least=0.5,
+                beside={"not in the format": values(rows, "ood_format", "sft", at_end) / errors,
+                        "wrong sums": values(rows, "ood_sums", "sft", at_end) / errors})
 
 
 def claims_on_improbable_tokens(rows, measurements):
@@ -407,114 +522,203 @@ def claims_on_improbable_tokens(rows, measurements):
     yield Claim("gradient", "1", "improbable tokens have larger gradients",
                 "log10 of the gradient norm of a token, base p < .1 over p > .9",
                 column(measurements, "gradient"), margin=NO_MARGIN,
-                beside="share of the norms minus of the tokens", beside_effects=share)
+                beside={"share of the norms minus of the tokens": share},
+                by_construction="with respect to the logits the norm is nearly 1 - p")
     yield Claim("skip", "1", "improbable tokens cause the forgetting",
                 "M, R, D, C at the end: p < .1 left out, minus as many random tokens left out",
                 difference(rows, "prior", "sft-skip-low", "sft-skip-random", at_end),
-                beside="ID",
-                beside_effects=difference(rows, "id", "sft-skip-low", "sft-skip-random", at_end))
+                beside={"ID": difference(rows, "id", "sft-skip-low", "sft-skip-random", at_end)},
+                by_construction="they are what is to be learnt: without them ID stays low")
     yield Claim("order", "1", "clip learns improbable tokens later",
                 "log p at update 16 where base p < .1, SFT minus clip",
                 difference(rows, "logp_low", "sft", "clip", at_step(16)), margin=NO_MARGIN,
-                beside="p > .9",
-                beside_effects=difference(rows, "logp_high", "sft", "clip", at_step(16)))
+                beside={"p > .9": difference(rows, "logp_high", "sft", "clip", at_step(16))})
+    early = [at_step(step) for step in (8, 16, 32, 64)]
+    first = values(rows, "clip_frac", "clip", *early)
+    yield Claim("clipped words", "3", "connectives are clipped most",
+                "share of them that is clipped in updates 1 to 64, minus of numbers",
+                values(rows, "clip_connectives", "clip", *early)
+                - values(rows, "clip_numbers", "clip", *early),
+                beside={"of all tokens then": first,
+                        "at the end": values(rows, "clip_frac", "clip", at_end)})
 
 
 def claims_on_forgetting(rows):
     matched = [at_id(level) for level in LEVELS]
     for key, ability in ABILITIES.items():
         yield Claim(f"keep {key}", "1, 3", f"clip keeps {ability}",
-                    "at ID .95 and .98, clip minus SFT",
+                    "at ID .95 and .98, clip minus SFT, equal rate",
                     difference(rows, key, "clip", "sft", *matched),
-                    beside="at the end",
-                    beside_effects=difference(rows, key, "clip", "sft", at_end))
-    for key in ("prior", "ood"):
-        yield Claim(f"best rate {key}", "1, 3",
-                    f"also against SFT at its best rate: {ABILITIES[key]}",
-                    "the same, both with lr 1e-4",
-                    difference(rows, key, "clip-slow", "sft-slow", *matched),
-                    beside="clip with 3e-4",
-                    beside_effects=difference(rows, key, "clip", "sft-slow", *matched))
+                    beside={"at the end": difference(rows, key, "clip", "sft", at_end)})
+    for key in ("prior", "ood_any", "ood"):
+        yield Claim(f"best rate {key}", "1, 3", f"also at each one's best rate: {ABILITIES[key]}",
+                    f"the same, {BEST_CLIP} minus {BEST_SFT}",
+                    difference(rows, key, BEST_CLIP, BEST_SFT, *matched),
+                    beside={"a lower rate alone, SFT 1e-4 minus 3e-4":
+                            difference(rows, key, "sft-1e-4", "sft", *matched),
+                            "clip 3e-4 minus SFT 1e-4":
+                            difference(rows, key, "clip", "sft-1e-4", *matched)})
+    yield Claim("forgetting", "1", "clip forgets less, in per cent of the base",
+                "M, R, D, C and E lost at ID .95 and .98, SFT minus clip (paper 1: 11.5 %)",
+                forgotten(rows, "sft", matched) - forgotten(rows, "clip", matched), margin=3,
+                beside={"SFT": forgotten(rows, "sft", matched),
+                        "clip": forgotten(rows, "clip", matched)})
+    best_ids = difference(rows, "id", "clip", "sft", at_best_id)
     yield Claim("ID parity", "1, 3", "clip is no worse in distribution",
-                "best ID of the run, clip minus SFT, above -.02",
-                difference(rows, "id", "clip", "sft", at_best_id), at_least=-0.02)
-    yield Claim("peak", "2", "OOD peaks early, then falls while ID rises", "peak minus end of SFT",
-                values(rows, "ood", "sft", at_peak) - values(rows, "ood_b", "sft", at_end),
-                beside="ID, end minus peak",
-                beside_effects=(values(rows, "id", "sft", at_end)
-                                - values(rows, "id", "sft", at_peak)))
+                "best ID of the run, clip minus SFT, above -.02", best_ids, at_least=-0.02,
+                by_construction="both are at the ceiling")
+    yield Claim("bounded", "3", "it is the bound that protects",
+                "M, R, D, C at ID .95 and .98, clip minus clip without a bound",
+                difference(rows, "prior", "clip", "clip-unbounded", *matched),
+                beside={"without a bound minus SFT":
+                        difference(rows, "prior", "clip-unbounded", "sft", *matched)})
+    yield Claim("frozen policy", "3", "a frozen old policy under-fits",
+                "ID at update 300, clip minus clip with the base as old policy, above .05",
+                difference(rows, "id", "clip", "clip-frozen", at_step(300)), at_least=0.05,
+                by_construction="no probability may grow by more than 28 %")
+    late = values(rows, "prior", "clip", at_end) - values(rows, "prior", "clip", at_step(300))
+    sft_late = values(rows, "prior", "sft", at_end) - values(rows, "prior", "sft", at_step(300))
+    yield Claim("prolonged", "3", "clip is stable under prolonged training",
+                "M, R, D, C of clip, update 1,200 minus 300, above -.05", late, at_least=-0.05,
+                beside={"SFT": sft_late})
+    yield Claim("rotation", "2", "to hold the base's directions keeps OOD (RPSFT)",
+                "OOD at ID .95 and .98, RPSFT minus SFT",
+                difference(rows, "ood", "rpsft", "sft", *matched),
+                beside={"M R D C": difference(rows, "prior", "rpsft", "sft", *matched),
+                        "OOD at update 600":
+                        difference(rows, "ood", "rpsft", "sft", at_step(600))})
+    yield Claim("anchor", "3", "a KL to the base anchors DFT (ASFT)",
+                "M, R, D, C at ID .95 and .98, ASFT minus DFT",
+                difference(rows, "prior", "asft", "dft", *matched),
+                beside={"ASFT minus SFT": difference(rows, "prior", "asft", "sft", *matched)})
 
 
-def claims_on_rl(rows):
-    peak = values(rows, "ood", "sft", at_peak)
-    best = values(rows, "ood_b", "sft", best_after_rl(STARTS))
+def forgotten(rows, method, picks):
+    """Per cent of the base's M, R, D, C and E that are lost, the mean of both -> (seeds,)."""
+    lost = []
+    for key in ("prior", "explained"):
+        before = values(rows, key, "base", at_base)
+        lost.append(100 * (before - values(rows, key, method, *picks)) / before)
+    return np.mean(lost, 0)
+
+
+def at_base(rows, method, seed):
+    found = ev.run_of(rows, "base", seed, "base")
+    return found[0] if found else None
+
+
+def claims_on_rl(rows, measurements):
+    best = values(rows, "ood", "sft", best_after_rl)
     yield Claim("cold start", "2", "RL needs SFT first",
                 "OOD after RL from SFT's best start, minus from the base",
-                best - values(rows, "ood_b", "base", after_rl(0)),
-                beside="ID after RL from the base",
-                beside_effects=values(rows, "id", "base", after_rl(0)))
-    for name, starts in dict(early=EARLY, middle=MIDDLE, late=LATE).items():
-        yield Claim(f"heal {name}", "2", f"RL on ID prompts heals OOD, {name}",
-                    f"OOD after RL minus before: {starts}",
-                    gain_by_rl(rows, "ood", "sft", starts),
-                    beside="clip", beside_effects=gain_by_rl(rows, "ood", "clip", starts))
-    yield Claim("bound", "2", "but not beyond the early peak",
-                f"SFT's peak minus RL's best end from updates {MIDDLE[0]} on",
-                peak - values(rows, "ood_b", "sft", best_after_rl(MIDDLE + LATE)),
-                beside="from any start", beside_effects=peak - best)
-    first = values(rows, "ood", "sft", after_rl(STARTS[0]))
-    middle = values(rows, "ood", "sft", *[after_rl(step) for step in MIDDLE])
-    late = values(rows, "ood", "sft", *[after_rl(step) for step in LATE])
-    yield Claim("too early", "2", "RL from too early a checkpoint ends lower",
-                f"OOD after RL from steps {MIDDLE} minus from {STARTS[0]}", middle - first)
-    yield Claim("too late", "2", "and from too late a one", f"the same minus from {LATE}",
-                middle - late)
-    picks = {"best": best_after_rl(STARTS), "equal": after_rl_from_equal_id}
+                best - values(rows, "ood", "base", after_rl(0)),
+                beside={"ID after RL from the base": values(rows, "id", "base", after_rl(0))},
+                by_construction="the base never explains S, so nothing is rewarded")
+    yield Claim("completes", "2", "RL completes SFT before the OOD peak",
+                "OOD after RL minus before it, from starts before each run's own peak",
+                by_rl(rows, "sft", "before", gain),
+                beside={"clip": by_rl(rows, "clip", "before", gain),
+                        "groups without spread": by_rl(rows, "sft", "before", no_spread)})
+    yield Claim("heals", "2", "RL heals OOD after the peak",
+                "the same from starts after the peak",
+                by_rl(rows, "sft", "after", gain),
+                beside={"what was lost": by_rl(rows, "sft", "after", loss),
+                        "groups without spread": by_rl(rows, "sft", "after", no_spread)})
+    yield Claim("heals clip", "1, 3", "RL heals OOD after the peak of clip",
+                "the same of clip", by_rl(rows, "clip", "after", gain),
+                beside={"what was lost": by_rl(rows, "clip", "after", loss)})
+    yield Claim("heals few", "2", "RL heals where ID is not saturated",
+                "the same of SFT on 128 demonstrations", by_rl(rows, "sft-few", "after", gain),
+                beside={"what was lost": by_rl(rows, "sft-few", "after", loss),
+                        "groups without spread": by_rl(rows, "sft-few", "after", no_spread),
+                        "clip": by_rl(rows, "clip-few", "after", gain)})
+    yield Claim("heals composite", "2", "composite rewards help RL to heal",
+                "OOD after RL from update 600, composite minus strict reward",
+                values(rows, "ood", "sft-composite", after_rl(600))
+                - values(rows, "ood", "sft", after_rl(600)),
+                beside={"gain": by_rl(rows, "sft-composite", "after", gain)})
+    yield Claim("heals KL", "2", "RL with a KL to the base heals",
+                "OOD after RL minus before it, from starts after the peak, KL .5 to the base",
+                by_rl(rows, "sft-kl-rl", "after", gain),
+                beside={"what was lost": by_rl(rows, "sft-kl-rl", "after", loss)})
+    yield Claim("not the KL", "2", "and it is RL that heals, not the KL",
+                "OOD then, minus with the KL alone (no reward)",
+                difference(rows, "ood", "sft-kl-rl", "sft-kl-alone", after_rl(600)),
+                beside={"gain of the KL alone": by_rl(rows, "sft-kl-alone", "after", gain)})
+    step_back = column(measurements, "gain_toward_base")
+    yield Claim("not a step back", "2", "RL heals more than a step back",
+                "gain of RL from late starts minus that of a fifth of the way to the base in the "
+                "weights, untrained", by_rl(rows, "sft", "after", gain) - step_back,
+                beside={"gain of the step": step_back})
+    yield Claim("bound", "2", "RL does not surpass SFT's peak",
+                "SFT's OOD peak minus the end of RL from starts after it, above -.03",
+                -by_rl(rows, "sft", "after", above_peak), at_least=-0.03)
+    yield Claim("too late", "2", "RL from too late a checkpoint ends lower",
+                "OOD after RL, from starts before the peak minus from starts after it",
+                by_rl(rows, "sft", "before", end) - by_rl(rows, "sft", "after", end))
+    picks = {"best": best_after_rl, "equal": after_rl_from_equal_id}
     starts = {"best": "each one's best start", "equal": "the first start with ID of .95"}
     for name, pick in picks.items():
-        for key, ability in dict(ood_b="OOD", prior="M, R, D, C").items():
+        for key, ability in dict(ood="OOD", prior="M, R, D, C").items():
             yield Claim(f"RL {name} {key}", "1, 3", f"RL ends higher from clip: {ability}",
                         f"after RL from {starts[name]}, clip minus SFT",
                         difference(rows, key, "clip", "sft", pick))
+    yield Claim("RL few id", "1, 3", "RL ends higher in distribution from clip",
+                "ID after RL from each one's best start, 128 demonstrations, clip minus SFT",
+                difference(rows, "id", "clip-few", "sft-few", best_after_rl))
 
 
 def claims_on_weights(measurements):
     shift = column(measurements, "shift")
-    yield Claim("values", "2", "singular values stay, more than by chance",
-                "mean relative change, random update of equal norm minus SFT",
-                column(measurements, "shift_null") - shift, margin=NO_MARGIN,
-                beside="SFT's own", beside_effects=shift)
+    yield Claim("values", "2", "singular values stay",
+                ".01 minus the mean relative change from the early to the late checkpoint",
+                0.01 - shift, margin=NO_MARGIN,
+                beside={"SFT": shift,
+                        "random update of equal norm": column(measurements, "shift_null")})
     angle = column(measurements, "angle")
     yield Claim("vectors", "2", "singular vectors rotate, more than by chance",
                 "mean angle in degrees, SFT minus random update of equal spectrum",
                 angle - column(measurements, "angle_same"), margin=NO_MARGIN,
-                beside="SFT's own", beside_effects=angle)
-    fifth = column(measurements, "ood_fifth")
+                beside={"SFT": angle})
+    yield Claim("turns back", "2", "RL turns them back",
+                "angle to the early checkpoint in degrees, late minus late after RL",
+                column(measurements, "angle_late") - column(measurements, "angle_rl"),
+                margin=NO_MARGIN,
+                beside={"distance": column(measurements, "distance_late")
+                        - column(measurements, "distance_rl")})
+    late = column(measurements, "ood_late")
+    lost = column(measurements, "ood_early") - late
+    recovered = {f"share recovered, {name}": (column(measurements, f"ood_{name}") - late) / lost
+                 for name in ("fifth", "half", "all")}
     yield Claim("restore", "2", "restoring early vectors restores OOD",
                 "OOD, late model with the leading fifth of the early vectors, minus with a "
-                "straight step back as long",
-                fifth - column(measurements, "ood_straight"),
-                beside="minus late model",
-                beside_effects=fifth - column(measurements, "ood_late"))
+                "straight step towards the early model that is as long",
+                column(measurements, "ood_fifth") - column(measurements, "ood_straight_fifth"),
+                beside=recovered)
     centroid = column(measurements, "centroid_sft") - column(measurements, "centroid_clip")
     yield Claim("drift", "1", "clip drifts less in latent space",
                 "mean shift on other tasks at the first start of RL with ID of .95, SFT minus clip",
                 column(measurements, "drift_sft") - column(measurements, "drift_clip"),
+                margin=NO_MARGIN, beside={"the paper's PCA centroid": centroid})
+
+
+def claims_on_entropy(rows):
+    yield Claim("entropy", "3", "clip keeps entropy, against the paper's own baseline",
+                "nats a token at the end, 128 demonstrations: clip at 3e-5 minus SFT at 6e-4 with "
+                "batches of 128",
+                difference(rows, "entropy", "clip-few-3e-5", "sft-few-large", at_end),
                 margin=NO_MARGIN,
-                beside="the paper's PCA centroid", beside_effects=centroid)
-
-
-def claims_on_long_training(rows):
-    yield Claim("entropy", "3", "clip keeps entropy in prolonged training",
-                "entropy after 1,200 updates, clip minus SFT",
-                difference(rows, "entropy", "clip-long", "sft-long", at_end), margin=NO_MARGIN,
-                beside="ID of SFT then", beside_effects=values(rows, "id", "sft-long", at_end))
+                beside={"SFT": values(rows, "entropy", "sft-few-large", at_end)})
+    yield Claim("entropy, equal rate", "3", "and against SFT at the same rate and batch",
+                "the same, SFT at 3e-5 too",
+                difference(rows, "entropy", "clip-few-3e-5", "sft-few-3e-5", at_end))
 
 
 def all_claims(rows, measurements):
     """rows as from eval.read_rows; measurements: a dict for each seed of rows, in their order."""
-    return [*claims_on_improbable_tokens(rows, measurements), *claims_on_forgetting(rows),
-            *claims_on_rl(rows), *claims_on_weights(measurements), *claims_on_long_training(rows)]
+    return [*claims_on_the_experiment(rows), *claims_on_improbable_tokens(rows, measurements),
+            *claims_on_forgetting(rows), *claims_on_rl(rows, measurements),
+            *claims_on_weights(measurements), *claims_on_entropy(rows)]
 
 
 # ================================================================= tables
@@ -524,11 +728,13 @@ def as_json(claim):
     entry = dict(id=claim.id, paper=claim.paper, claim=claim.says, metric=claim.measured,
                  effect=found.effect, half=found.half, n=found.n, above=found.above,
                  verdict=found.verdict, sure=found.sure, at_least=claim.at_least,
-                 margin=claim.margin)
-    if claim.beside:
-        other = verdict(claim.beside_effects)
-        entry.update(beside=claim.beside, beside_effect=other.effect, beside_half=other.half)
-    return {name: ev.finite(value) for name, value in entry.items()}
+                 margin=claim.margin, by_construction=claim.by_construction)
+    entry = {name: ev.finite(value) for name, value in entry.items()}
+    entry["beside"] = {}
+    for label, effects in claim.beside.items():
+        other = verdict(effects)
+        entry["beside"][label] = [ev.finite(other.effect), ev.finite(other.half)]
+    return entry
 
 
 def show(found):
@@ -552,25 +758,28 @@ def claims_table(claims):
     for claim in claims:
         found = claim.verdict()
         said = f"**{found.verdict}**" if found.sure else found.verdict
-        beside = ""
-        if claim.beside:
-            beside = f"{claim.beside} {show(verdict(claim.beside_effects))}"
+        if claim.by_construction:
+            said += " (by construction)"
+        beside = [f"{label} {show(verdict(effects))}" for label, effects in claim.beside.items()]
+        if claim.by_construction:
+            beside.append(claim.by_construction)
         lines.append(table_row([claim.id, claim.paper, f"{claim.says}: {claim.measured}",
-                                show(found), str(found.n), str(found.above), said, beside]))
+                                show(found), str(found.n), str(found.above), said,
+                                "; ".join(beside)]))
     return lines
 
 
 def methods_table(rows):
-    """-> lines of Markdown: each method at its end, means over its own seeds; then, over the seeds
-    in which both get there, minus SFT where ID first reaches .95."""
-    keys = ("id", "ood", "ood_any", "explained", "prior")
-    titles = ["variant"] + [f"{ev.COLUMNS[key]} at the end" for key in keys]
-    titles += ["seeds", "M R D C where ID first reaches .95, minus SFT", "OOD there", "seeds there"]
+    """-> lines of Markdown: each method at update 300 (or its last before), means over its own
+    seeds; then, over the seeds in which both get there, minus SFT where ID reaches .95."""
+    keys = ("id", "ood", "ood_rule", "ood_any", "explained", "prior", "entropy")
+    titles = ["variant"] + [f"{ev.COLUMNS[key]} at 300" for key in keys]
+    titles += ["seeds", "M R D C where ID reaches .95, minus SFT", "OOD there", "seeds there"]
     lines = [table_row(titles), "|---" * len(titles) + "|"]
     for method in ev.methods_of(rows):
         cells = [method]
         for key in keys:
-            end = verdict(values(rows, key, method, at_end))
+            end = verdict(values(rows, key, method, at_300))
             cells.append(f"{end.effect:.3f}")
         prior = verdict(difference(rows, "prior", method, "sft", at_id(0.95)))
         ood = verdict(difference(rows, "ood", method, "sft", at_id(0.95)))
@@ -606,27 +815,31 @@ def idea_figure(path):
 
 
 def trade_figure(rows, path):
-    """M, R, D, C against ID accuracy along SFT and clip at two rates; OOD before and after RL."""
+    """At equal ID accuracy: M, R, D, C and OOD along SFT and clip at each rate; then OOD before and
+    after RL by where it starts."""
     fig = Figure((13, 4.4), layout="tight")
-    left, right = fig.subplots(1, 2)
-    colors = dict(zip(CORE, ("#d1495b", "#2e86ab", "#66a182", "#edae49")))
-    levels = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-    for method in CORE:
-        columns = [values(rows, "prior", method, at_id(level)) for level in levels]
-        draw_values(left, levels, columns, color=colors[method], label=method, marker=".")
-    left.set(xlabel="ID accuracy first reached (matched ID)", ylabel="M, R, D, C", xlim=(0.65, 1))
+    left, middle, right = fig.subplots(1, 3)
+    colors = dict(zip(("sft", "clip", "sft-1e-4", "clip-1e-4", "sft-3e-5", "clip-3e-5"),
+                      ("#d1495b", "#2e86ab", "#e89aa4", "#8fc1da", "#a06a70", "#123f54")))
+    levels = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+    for ax, key, title in ((left, "prior", "M, R, D, C"), (middle, "ood", "OOD")):
+        for method, color in colors.items():
+            columns = [values(rows, key, method, at_id(level)) for level in levels]
+            draw_values(ax, levels, columns, color=color, label=method, marker=".")
+        ax.set(title=f"{title} at equal ID", xlabel="ID accuracy first reached",
+               ylabel=f"{title}, accuracy", ylim=(0, 1.02))
     for method in ("sft", "clip"):
-        before = [values(rows, "ood", method, at_step(step)) for step in STARTS]
-        after = [values(rows, "ood", method, after_rl(step)) for step in STARTS]
-        draw_values(right, STARTS, before, color=colors[method], ls="--",
+        steps = ev.steps_of(rows, method, "rl")
+        before = [values(rows, "ood", method, at_step(step)) for step in steps]
+        after = [values(rows, "ood", method, after_rl(step)) for step in steps]
+        draw_values(right, steps, before, color=colors[method], ls="--", marker=".",
                     label=f"{method}, before RL")
-        draw_values(right, STARTS, after, color=colors[method], marker="^",
-                    label=f"{method}, after")
-    right.set(xscale="log", xlabel="SFT updates before RL (log scale)", ylabel="OOD accuracy")
-    right.set_xticks(STARTS, STARTS)
-    right.minorticks_off()
-    for ax in (left, right):
-        ax.legend(frameon=False, fontsize=9)
+        draw_values(right, steps, after, color=colors[method], marker="^",
+                    label=f"{method}, after RL")
+    right.set(title="OOD before and after RL", xscale="log", xlabel="SFT updates before RL",
+              ylabel="OOD, accuracy", ylim=(0, 1.02))
+    for ax in (left, middle, right):
+        ax.legend(frameon=False, fontsize=8, loc="lower left")
         ax.grid(alpha=0.25)
     fig.savefig(path, dpi=100)
 
@@ -635,30 +848,65 @@ def trade_figure(rows, path):
 def read_flags(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder, made or finished first")
+    parser.add_argument("run", type=Path, nargs="?", help="run folder, made or finished first")
     parser.add_argument("--seed", type=int, default=FIRST_SEED, help="first seed [%(default)s]")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many [%(default)s]")
+    parser.add_argument("--few_seeds", type=int, default=FEW_SEEDS,
+                        help="of these how many for the variants [%(default)s]")
     parser.add_argument("--out", type=Path, default=HERE, help="where results go [study]")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[],
                         help="what follows is handed to clipsft.py")
-    args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error("--seeds must be above 0")
-    return args
+    return parser.parse_args(argv)
+
+
+def write_lines(path, entries):
+    """One JSON object a line; numbers to five places."""
+    lines = []
+    for entry in entries:
+        short = {}
+        for name, value in entry.items():
+            value = ev.finite(value)
+            short[name] = round(value, 5) if isinstance(value, float) else value
+        lines.append(json.dumps(short))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_lines(path):
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows.append({key: math.nan if value is None else value for key, value in row.items()})
+    return rows
+
+
+def run_study(args):
+    """The experiment and the measurements -> rows.jsonl and measured.jsonl in args.out. Shorter
+    runs lie in folders of their own, on the same bases."""
+    torch.set_num_threads(1)
+    run = args.run
+    seeds = range(args.seed, args.seed + args.seeds)
+    few = seeds[:args.few_seeds]
+    same_bases = ["--base_from", run, *args.flags]
+    run_experiment(run, seeds, CORE, 1200, STARTS, args.flags)
+    run_experiment(run / "300", seeds, RATES, 300, (), same_bases)
+    run_experiment(run / "600", few, LATE, 600, (64, 600), same_bases)
+    run_experiment(run / "300", few, EARLY, 300, (), same_bases)
+    rows = [row for row in ev.read_rows(run) if row["seed"] in seeds]
+    for folder in (run / "300", run / "600"):
+        rows += [row for row in ev.read_rows(folder) if row["method"] != "base"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_lines(args.out / "rows.jsonl", rows)
+    write_lines(args.out / "measured.jsonl", [measured(run, seed, rows) for seed in seeds])
 
 
 def main(argv=None):
     args = read_flags(argv)
-    torch.set_num_threads(1)
-    seeds = range(args.seed, args.seed + args.seeds)
-    run_experiment(args.run, seeds, CORE, args.flags)
-    run_experiment(args.run, seeds[:math.ceil(len(seeds) / 3)], VARIANTS, args.flags)
-    rows = [row for row in ev.read_rows(args.run) if row["seed"] in seeds]
-    measurements = [measured(args.run, seed, rows) for seed in seeds]
-    claims = all_claims(rows, measurements)
+    if args.run is not None:
+        run_study(args)
+    rows = read_lines(args.out / "rows.jsonl")
+    claims = all_claims(rows, read_lines(args.out / "measured.jsonl"))
     text = "\n".join([*claims_table(claims), "", *methods_table(rows)]) + "\n"
     print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "claims.md").write_text(text, encoding="utf-8")
     entries = [as_json(claim) for claim in claims]
     (args.out / "claims.json").write_text(json.dumps(entries, indent=1, allow_nan=False) + "\n")
