@@ -1,10 +1,9 @@
-"""The recipes of study/recipes.md, held against an oracle: - mean min(r, 1 + eps) over the trained
+"""The recipes of recipes/, held against an oracle: - mean min(r, 1 + eps) over the trained
 tokens, one token at a time, in float64, from two snapshots of the weights."""
 import copy
 import importlib.util
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -15,25 +14,18 @@ import pytest
 import torch
 from torch import nn
 
-import clipsft
 import model as M
-import rl
 
-RECIPES = Path(__file__).resolve().parent.parent / "study" / "recipes.md"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import clipped
+import nanogpt as nanogpt_recipe
+import ppo
+import sharded
+
 V, T, K, EPS = 124, 12, 8, 0.28
 HF = ["trainer", "sft_trainer", "compute_loss_func"]
-
-def recipe(name):
-    text = RECIPES.read_text(encoding="utf-8")
-    return re.search(rf"```python\n# recipe: {name}\n(.*?)```", text, re.S).group(1)
-
-def namespace():
-    """What a user has pasted before: torch, the pure functions, the old policy."""
-    space = dict(torch=torch, copy=copy, clipped_surrogate=rl.clipped_surrogate,
-                 clip_loss=clipsft.clip_loss, token_logprobs=M.token_logprobs,
-                 masked_mean=rl.masked_mean)
-    exec(recipe("old_policy"), space)
-    return space
 
 # ------------------------------------------------------------------------------------------- oracle
 def snapshot(model):
@@ -93,46 +85,27 @@ class Pair(nn.Module):
     def forward(self, X, Y=None):
         return self.inner(X), None
 
-BODY = """
-opt = torch.optim.SGD(raw_model.parameters(), lr=0.5)
-for iter_num in range(start, start + n):
-    opt.zero_grad()
-    for micro_step in range(micro):
-        X, Y = batch(iter_num, micro_step)
-RECIPE
-        losses.append(loss.item())
-        (loss / micro).backward()
-    after(iter_num)
-    opt.step()
-"""
-
-def nanogpt_loop(where, space, lr=0.5):
-    """The recipe in a training loop, at module level or inside a function."""
-    body = BODY.replace("RECIPE", re.sub("^", " " * 8, recipe("nanogpt").rstrip(), flags=re.M))
-    body = body.replace("lr=0.5", f"lr={lr}")
-    if where == "function":
-        body = "def main():" + re.sub("^", "    ", body, flags=re.M) + "\nmain()"
-    exec(body, space)
-
-def nanogpt(model, where="module", start=0, n=10, micro=1, space=None, **kw):
+def nanogpt(model, start=0, n=10, micro=1, lr=0.5):
     """-> losses, snapshots by update, gradients by update, and the batches."""
-    space = namespace() if space is None else space
     snaps, grads, losses = {}, {}, []
     ids, labels = rows(4 * micro)
     X, Y = ids[:, :-1], torch.where(labels == -100, -1, labels)[:, 1:]
-
-    def after(i):
+    opt = torch.optim.SGD(model.parameters(), lr=lr)
+    for i in range(start, start + n):
+        opt.zero_grad()
+        for j in range(micro):
+            part = slice(4 * j, 4 * j + 4)
+            loss = nanogpt_recipe.clipped_step(model, model, X[part], Y[part], i, j)
+            losses.append(loss.item())
+            (loss / micro).backward()
         snaps[i] = snapshot(model)
         grads[i] = {k: p.grad.clone() for k, p in model.named_parameters()}
-    space.update(raw_model=model, model=model, losses=losses, start=start, n=n, micro=micro,
-                 after=after, batch=lambda i, j: (X[4 * j:4 * j + 4], Y[4 * j:4 * j + 4]))
-    nanogpt_loop(where, space, **kw)
+        opt.step()
     return losses, snaps, grads, ids, labels
 
-@pytest.mark.parametrize("where", ["module", "function"])
-def test_nanogpt_values_and_gradients(where):
+def test_nanogpt_values_and_gradients():
     model = Pair(gpt())
-    losses, snaps, grads, ids, labels = nanogpt(model, where)
+    losses, snaps, grads, ids, labels = nanogpt(model)
     for i in range(10):
         right, g = oracle(model, snaps[i], snaps[i - i % K], ids, labels)
         assert losses[i] == pytest.approx(right, abs=2e-5), i
@@ -140,15 +113,15 @@ def test_nanogpt_values_and_gradients(where):
     assert losses[0] == pytest.approx(-1, abs=1e-6) and losses[8] == pytest.approx(-1, abs=1e-6)
     assert all(x < -1.001 for i, x in enumerate(losses) if i % K)
 
-@pytest.mark.parametrize("where", ["module", "function"])
-def test_nanogpt_micro_steps(where, monkeypatch):
+def test_nanogpt_micro_steps(monkeypatch):
     """The old policy changes between updates only, and is copied once a refresh."""
-    model, space, copies = Pair(gpt()), namespace(), []
-    if "OldPolicy" in space:
-        made = space["OldPolicy"].__init__
-        monkeypatch.setattr(space["OldPolicy"], "__init__",
-                            lambda *a: (copies.append(1), made(*a))[1])
-    losses, snaps, _, ids, labels = nanogpt(model, where, micro=2, space=space)
+    model, copies, made = Pair(gpt()), [], clipped.OldPolicy.__init__
+
+    def count(self, model):
+        copies.append(1)
+        made(self, model)
+    monkeypatch.setattr(clipped.OldPolicy, "__init__", count)
+    losses, snaps, _, ids, labels = nanogpt(model, micro=2)
     for i in range(10):
         for j in range(2):
             part = slice(4 * j, 4 * j + 4)
@@ -156,16 +129,14 @@ def test_nanogpt_micro_steps(where, monkeypatch):
             assert losses[2 * i + j] == pytest.approx(right, abs=2e-5), (i, j)
     assert len(copies) == 2
 
-@pytest.mark.parametrize("where", ["module", "function"])
 @pytest.mark.parametrize("start", [0, 5])
 @pytest.mark.parametrize("other", [True, False])
-def test_nanogpt_a_second_run_and_a_resume(where, start, other):
+def test_nanogpt_a_second_run_and_a_resume(start, other):
     """Another model or the same one, in the same session, from the start or from update 5: the
     first run's old policy is gone."""
-    space, model = namespace(), Pair(gpt())
-    nanogpt(model, where, n=4, space=space)
-    losses, *_ = nanogpt(Pair(gpt(1)) if other else model, where, start + (start > 0), n=4,
-                         space=space)
+    model = Pair(gpt())
+    nanogpt(model, n=4)
+    losses, *_ = nanogpt(Pair(gpt(1)) if other else model, start + (start > 0), n=4)
     assert losses[0] == pytest.approx(-1, abs=1e-6)
     assert all(x < -1.001 for i, x in enumerate(losses[1:3], start + 2) if i % K)
 
@@ -186,12 +157,12 @@ def test_a_model_that_ignores_its_weights_is_noticed():
         nanogpt(model, n=1)
 
 def test_a_refresh_at_every_update_is_noticed():
-    model, space = gpt(), namespace()
+    model = gpt()
     with pytest.raises(RuntimeError, match="plain SFT"):
-        space["old_policy"](model, 0, every=1)
+        clipped.old_policy(model, 0, every=1)
     with pytest.raises(RuntimeError, match="plain SFT"):
         for samples in range(0, 64, 16):              # a step that counts samples, not updates
-            space["old_policy"](model, samples)
+            clipped.old_policy(model, samples)
 
 def test_a_wrapper_does_not_inherit_the_old_policy_of_what_it_wraps():
     """As PEFT's wrappers do, which pass on every attribute."""
@@ -201,10 +172,10 @@ def test_a_wrapper_does_not_inherit_the_old_policy_of_what_it_wraps():
                 return super().__getattr__(name)
             except AttributeError:
                 return getattr(super().__getattr__("inner"), name)
-    old_policy, wrapper = namespace()["old_policy"], Wrapper()
+    wrapper = Wrapper()
     wrapper.inner = gpt()
-    old_policy(wrapper.inner, 0)
-    assert old_policy(wrapper, 1).model is wrapper
+    clipped.old_policy(wrapper.inner, 0)
+    assert clipped.old_policy(wrapper, 1).model is wrapper
 
 def test_compiled_model():
     model = torch.compile(Pair(gpt()), backend="eager")
@@ -213,27 +184,25 @@ def test_compiled_model():
     assert all(x < -1.001 for i, x in enumerate(losses) if i % K)
 
 def test_logits_from_any_output():
-    logits_of, z = namespace()["logits_of"], torch.zeros(2)
-    assert all(logits_of(out) is z for out in (z, (z, None), dict(loss=1, logits=z)))
+    z = torch.zeros(2)
+    assert all(clipped.logits_of(out) is z for out in (z, (z, None), dict(loss=1, logits=z)))
 
 def test_ppo():
-    exec(recipe("ppo"), space := namespace())
     model = gpt()
     ids, labels = rows(8)
     start, snaps = snapshot(model), []
     opt = torch.optim.SGD(model.parameters(), lr=0.5)
     step = opt.step
     opt.step = lambda: (snaps.append(snapshot(model)), step())
-    losses = space["ppo_batch"](model, opt, ids, labels != -100, updates=4)
+    losses = ppo.ppo_batch(model, opt, ids, labels != -100, updates=4)
     hand = [oracle(model, s, start, ids[2 * i:2 * i + 2], labels[2 * i:2 * i + 2])[0]
             for i, s in enumerate(snaps)]
     assert losses == pytest.approx(hand, abs=2e-5) and losses[0] == pytest.approx(-1, abs=1e-6)
     assert all(abs(x + 1) > 1e-3 for x in losses[1:])
     with pytest.raises(AssertionError):
-        space["ppo_batch"](model, opt, ids, labels != -100, updates=1)
+        ppo.ppo_batch(model, opt, ids, labels != -100, updates=1)
 
 def test_sharded():
-    exec(recipe("sharded"), space := namespace())
     model, losses, snaps = gpt(), [], []
     ids, labels = rows(8)
     opt = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -243,7 +212,7 @@ def test_sharded():
         snaps.append(snapshot(model)), losses.append(loss.item())
         opt.zero_grad(), loss.backward(), opt.step()
     start = snapshot(model)
-    space["clipped_updates"](model, update, batches)
+    sharded.clipped_updates(model, update, batches)
     hand = [oracle(model, s, start, b["input_ids"], b["labels"])[0]
             for s, b in zip(snaps, batches)]
     assert losses == pytest.approx(hand, abs=2e-5) and losses[0] == pytest.approx(-1, abs=1e-6)
@@ -258,11 +227,10 @@ def hf_model(dropout=0.0):
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0,
         eos_token_id=0))
 
-def make(kind, path, data, model=None, base=None, **args):
+def make(kind, path, data, model=None, **args):
     """A trainer by one of the recipes; its .seen: weights, gradients and batches of each update."""
     import transformers as tf
-    space = namespace() | dict(Trainer=tf.Trainer, TrainerCallback=tf.TrainerCallback)
-    settings, extra = tf.TrainingArguments, {}
+    settings, extra, base = tf.TrainingArguments, {}, tf.Trainer
     if kind == "sft_trainer":
         trl = pytest.importorskip("trl", reason="the recipe for SFTTrainer needs trl")
         datasets = pytest.importorskip("datasets")
@@ -270,20 +238,18 @@ def make(kind, path, data, model=None, base=None, **args):
         words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
         extra["processing_class"] = tf.PreTrainedTokenizerFast(
             tokenizer_object=words, eos_token="0", pad_token="1", unk_token="0")
-        settings, space["SFTTrainer"] = trl.SFTConfig, trl.SFTTrainer
+        settings, base = trl.SFTConfig, trl.SFTTrainer
         data = datasets.Dataset.from_dict({k: [r[k].tolist() for r in data] for k in data[0]})
         args["dataset_kwargs"] = dict(skip_prepare_dataset=True)
     else:
-        space["SFTTrainer"] = tf.Trainer
         extra["data_collator"] = lambda b: {k: torch.stack([r[k] for r in b]) for k in b[0]}
-    clip = None
     if kind == "compute_loss_func":
-        exec(recipe("compute_loss_func"), space)
-        clip, cls = space["Clip"](), tf.Trainer
+        from hf_loss_func import Clip
+        clip, cls = Clip(), tf.Trainer
         extra |= dict(compute_loss_func=clip, callbacks=[clip])
     else:
-        exec(recipe("trainer"), space)
-        cls = space["ClippedSFT"]
+        from hf_trainer import ClippedSFT
+        cls = type("Clipped", (ClippedSFT, base), {})
     seen = []
 
     class Watch(tf.TrainerCallback):
