@@ -63,8 +63,8 @@ def entropy(model, problems):
     """Nats a token on the model's own samples at temperature 1, over the whole vocabulary."""
     _, ids, mask = respond(model, problems, 1, 1.0, generator(model.device, "entropy"))
     logp = response_logits(model, ids, mask).float().log_softmax(-1)         # (N, V)
-    # H = - sum_v pi(v) log pi(v), averaged over sampled tokens
-    return -(logp.exp() * logp).sum(-1).mean().item()
+    # H = - sum_v pi(v) log pi(v), averaged over sampled tokens; 0 log 0 is 0
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1).mean().item()
 
 
 @torch.no_grad()

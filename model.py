@@ -198,8 +198,10 @@ def kl_exact(logits, ref_logits):
     """KL(pi || ref) per position over the whole vocabulary: (..., V), (..., V) -> (...), nats."""
     logp = logits.float().log_softmax(-1)
     ref_logp = ref_logits.float().log_softmax(-1)
+    # 0 log 0 is 0: a masked word (logit -inf) adds nothing, and no NaN to the gradient
+    log_ratio = (logp - ref_logp).masked_fill(logp == -torch.inf, 0.0)
     # KL(pi || ref) = sum_v pi(v) (log pi(v) - log ref(v))          SFT-KL of PSFT, 2508.17784
-    return (logp.exp() * (logp - ref_logp)).sum(-1)
+    return (logp.exp() * log_ratio).sum(-1)
 
 
 def response_logits(model, ids, mask):
