@@ -1,487 +1,466 @@
-"""The recipes of recipes/, held against an oracle: - mean min(r, 1 + eps) over the trained
-tokens, one token at a time, in float64, from two snapshots of the weights."""
-import copy
-import importlib.util
-import json
+"""The recipes that need torch alone. What needs transformers is in test_recipes_hf.py."""
+import ast
 import os
-import socket
-import subprocess
 import sys
-from contextlib import closing
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
+import clipsft
 import model as M
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
+import rl
+from recipes_oracle import (EPS, K, RECIPES, T, V, clips, cut, left_padded, oracle, rows,
+                            same_gradients, snapshot)
 
 import clipped
-import nanogpt as nanogpt_recipe
+import nanogpt
 import ppo
 import sharded
+from clipped import OldPolicy, token_logprobs, update_tokens
 
-V, T, K, EPS = 124, 12, 8, 0.28
-HF = ["trainer", "sft_trainer", "compute_loss_func"]
+INF = float("inf")
 
-# ------------------------------------------------------------------------------------------- oracle
-def snapshot(model):
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
-def oracle(model, now, old, ids, labels, eps=EPS):
-    """(loss, gradients by name) of weights `now` against `old` on all the trained tokens."""
-    m, q = copy.deepcopy(model).double().eval(), copy.deepcopy(model).double().eval()
-    m.__dict__.pop("old_policy", None)
-    m.load_state_dict(now), q.load_state_dict(old)
-    total, n = 0.0, 0
-    for row, y in zip(ids, labels):
-        p = logits(m(row[None]))[0].softmax(-1)
-        with torch.no_grad():
-            p_old = logits(q(row[None]))[0].softmax(-1)
-        for t in range(len(y) - 1):
-            if y[t + 1] != -100:
-                r = p[t, y[t + 1]] / p_old[t, y[t + 1]]
-                total, n = total - (r if r < 1 + eps else torch.tensor(1 + eps).double()), n + 1
-    loss = total / n
-    if loss.requires_grad:
-        loss.backward()
-    return loss.item(), {k: p.grad for k, p in m.named_parameters() if p.grad is not None}
-
-def logits(out):
-    return out if torch.is_tensor(out) else out[0] if isinstance(out, tuple) else out["logits"]
-
-def same_gradients(found, right):
-    """A tensor that the oracle's gradient does not reach may hold zeros. Else: relative error."""
-    for k, g in right.items():
-        assert (found[k].double() - g).norm() <= 1e-3 * g.norm() + 1e-6, k
-
-def rows(n, first=-100, seed=0):
-    """n demonstrations of equal length, prompts of different length; first: may label 0 count?"""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, V, (n, T), generator=g)
-    labels = ids.clone()
-    for i, row in enumerate(labels):
-        row[:0 if first == 0 else 1 + i % 7] = -100
-    return ids, labels
-
-# ----------------------------------------------------------------------------- without transformers
-def gpt(seed=0):
-    torch.manual_seed(seed)
-    m = M.GPT(M.GPTConfig(vocab_size=V, block_size=40, n_layer=2, n_head=2, n_embd=32))
+def gpt():
+    torch.manual_seed(0)
+    model = M.GPT(M.GPTConfig(vocab_size=V, block_size=40, n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
-        for p in m.parameters():
+        for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    return m
+    return model
 
-class Pair(nn.Module):
-    """nanoGPT's interface: (X, Y) -> logits, loss."""
-    def __init__(self, inner):
+
+class NanoGPT(nn.Module):
+    """nanoGPT's interface, (X, Y) -> logits, loss. The logits pass through a module first."""
+
+    def __init__(self, then=nn.Identity()):
         super().__init__()
-        self.inner = inner
+        self.gpt = gpt()
+        self.then = then
 
     def forward(self, X, Y=None):
-        return self.inner(X), None
+        return self.then(self.gpt(X)), None
 
-def nanogpt(model, start=0, n=10, micro=1, lr=0.5):
-    """-> losses, snapshots by update, gradients by update, and the batches."""
-    snaps, grads, losses = {}, {}, []
-    ids, labels = rows(4 * micro)
-    X, Y = ids[:, :-1], torch.where(labels == -100, -1, labels)[:, 1:]
-    opt = torch.optim.SGD(model.parameters(), lr=lr)
-    for i in range(start, start + n):
-        opt.zero_grad()
-        for j in range(micro):
-            part = slice(4 * j, 4 * j + 4)
-            loss = nanogpt_recipe.clipped_step(model, model, X[part], Y[part], i, j)
-            losses.append(loss.item())
-            (loss / micro).backward()
-        snaps[i] = snapshot(model)
-        grads[i] = {k: p.grad.clone() for k, p in model.named_parameters()}
-        opt.step()
-    return losses, snaps, grads, ids, labels
 
-def test_nanogpt_values_and_gradients():
-    model = Pair(gpt())
-    losses, snaps, grads, ids, labels = nanogpt(model)
-    for i in range(10):
-        right, g = oracle(model, snaps[i], snaps[i - i % K], ids, labels)
-        assert losses[i] == pytest.approx(right, abs=2e-5), i
-        same_gradients(grads[i], g)
-    assert losses[0] == pytest.approx(-1, abs=1e-6) and losses[8] == pytest.approx(-1, abs=1e-6)
-    assert all(x < -1.001 for i, x in enumerate(losses) if i % K)
+def train(model, updates=10, start=0, micro=1, lr=0.5, labels=None, stride=1):
+    """nanoGPT's loop with its recipe, micro-batches of 4 rows; step counts by `stride`.
+    -> losses, weights before and gradients of each update."""
+    ids, all_labels = rows(4 * micro)
+    X = ids[:, :-1]
+    Y = (all_labels if labels is None else labels)[:, 1:].clamp(min=-1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    old = OldPolicy(model, K)
+    losses, weights, grads = [], [], []
+    for step in range(start, start + updates):
+        tokens = update_tokens([Y])
+        optimizer.zero_grad()
+        losses.append(0.0)
+        for x, y in zip(X.split(4), Y.split(4)):
+            old.begin_update(step * stride)
+            loss = nanogpt.clipped_loss(model, old, x, y, tokens)
+            loss.backward()
+            losses[-1] += loss.item()
+        weights.append(snapshot(model))
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        optimizer.step()
+    return losses, weights, grads
 
-def test_nanogpt_micro_steps(monkeypatch):
-    """The old policy changes between updates only, and is copied once a refresh."""
-    model, copies, made = Pair(gpt()), [], clipped.OldPolicy.__init__
 
-    def count(self, model):
-        copies.append(1)
-        made(self, model)
-    monkeypatch.setattr(clipped.OldPolicy, "__init__", count)
-    losses, snaps, _, ids, labels = nanogpt(model, micro=2)
-    for i in range(10):
-        for j in range(2):
-            part = slice(4 * j, 4 * j + 4)
-            right, _ = oracle(model, snaps[i], snaps[i - i % K], ids[part], labels[part])
-            assert losses[2 * i + j] == pytest.approx(right, abs=2e-5), (i, j)
-    assert len(copies) == 2
+# ------------------------------------------------------------------------------------- functions
+def test_equal_to_the_projects():
+    torch.manual_seed(0)
+    logp, old_logp, adv = torch.randn(3, 5, 7)
+    mask = torch.rand(5, 7) < 0.5
+    args = (logp, old_logp, adv, 0.2, EPS)
+    assert torch.equal(clipped.clipped_surrogate(*args), rl.clipped_surrogate(*args))
+    args = (logp, old_logp, 0.2, EPS)
+    assert torch.equal(clipped.clip_loss(*args), clipsft.clip_loss(*args))
+    assert clipped.masked_mean(logp, mask) == rl.masked_mean(logp, mask)
+    z, y = torch.randn(5, 7, V), torch.randint(0, V, (5, 7))
+    assert torch.allclose(token_logprobs(z, y), M.token_logprobs(z, y), atol=1e-6)
 
-@pytest.mark.parametrize("start", [0, 5])
-@pytest.mark.parametrize("other", [True, False])
-def test_nanogpt_a_second_run_and_a_resume(start, other):
-    """Another model or the same one, in the same session, from the start or from update 5: the
-    first run's old policy is gone."""
-    model = Pair(gpt())
-    nanogpt(model, n=4)
-    losses, *_ = nanogpt(Pair(gpt(1)) if other else model, start + (start > 0), n=4)
-    assert losses[0] == pytest.approx(-1, abs=1e-6)
-    assert all(x < -1.001 for i, x in enumerate(losses[1:3], start + 2) if i % K)
 
-def test_no_false_alarm_while_the_learning_rate_is_0():
-    losses, *_ = nanogpt(Pair(gpt()), lr=0.0)
-    assert losses == pytest.approx([-1] * 10, abs=1e-6)
+def test_weight_of_a_token_by_hand():
+    """The gradient with respect to log pi is -r up to 1.28, then 0; A < 0 is cut below .8."""
+    r = torch.tensor([0.5, 1.25, 1.4])
+    logp = r.log().requires_grad_()
+    old_logp = torch.zeros(3, requires_grad=True)
+    clipped.clip_loss(logp, old_logp, 0.2, 0.28).sum().backward()
+    assert logp.grad.tolist() == pytest.approx([-0.5, -1.25, 0])
+    assert old_logp.grad is None
+    gain = clipped.clipped_surrogate(r.log(), torch.zeros(3), -1.0, 0.2, 0.28)
+    assert gain.tolist() == pytest.approx([-0.8, -1.25, -1.4])
 
-def test_dropout_is_noticed():
-    model = Pair(nn.Sequential(gpt(), nn.Dropout(0.1)))
-    with pytest.raises(RuntimeError, match="dropout"):
-        nanogpt(model)
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.name)
+def test_what_is_copied_stands_alone_and_survives_python_O(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    imported = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert not any(isinstance(node, ast.Assert) for node in nodes)
+    assert set(imported) <= {"clipped", "transformers"}
+    if path.name == "clipped.py":
+        assert not imported
+
+
+def test_means_by_hand():
+    x = torch.tensor([[1.0, 2.0, float("nan")]])
+    mask = torch.tensor([[1, 1, 0]])
+    assert clipped.masked_mean(x, mask) == 1.5
+    assert clipped.masked_mean(x, mask, n=6) == 0.5
+    assert clipped.masked_mean(x, 0 * mask) == 0
+    assert update_tokens([torch.tensor([[3, -1], [0, -100]]), torch.tensor([[4, 4]])]) == 4
+    assert update_tokens([torch.tensor([[-1]])]) == 1    # nothing: 0 / 1, not 0 / 0
+
+
+def test_token_logprobs_of_a_masked_vocabulary_by_hand():
+    """softmax(0, log 3, -inf) = 1/4, 3/4, 0; a row that is not trained may be NaN."""
+    z = torch.tensor([[0.0, 1.0986123, -INF], [-INF, -INF, -INF]], requires_grad=True)
+    logp = token_logprobs(z, torch.tensor([1, -1]))
+    assert logp.tolist() == pytest.approx([-0.2876821, 0])
+    logp.sum().backward()
+    assert z.grad.flatten().tolist() == pytest.approx([-0.25, 0.25, 0, 0, 0, 0])
+
+
+def test_token_logprobs_in_chunks(monkeypatch):
+    monkeypatch.setattr(clipped.TokenLogprobs, "CHUNK", 2 * V)    # 2 rows at a time, 15 in all
+    torch.manual_seed(0)
+    z, y, weight = torch.randn(3, 5, V), torch.randint(0, V, (3, 5)), torch.randn(3, 5)
+    z.requires_grad_()
+    (weight * token_logprobs(z, y)).sum().backward()
+    exact = z.detach().double().requires_grad_()
+    (weight * exact.log_softmax(-1).gather(-1, y[..., None])[..., 0]).sum().backward()
+    assert (z.grad - exact.grad).abs().max() < 1e-6
+
+
+class Float32Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and out.dtype == torch.float32:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def test_no_float32_copy_of_the_logits(monkeypatch):
+    monkeypatch.setattr(clipped.TokenLogprobs, "CHUNK", 4 * V)
+    z = torch.randn(2, 20, V, dtype=torch.bfloat16, requires_grad=True)
+    with Float32Sizes() as sizes:
+        token_logprobs(z, torch.zeros(2, 20, dtype=torch.long)).sum().backward()
+    assert sizes.largest == 4 * V
+
+
+def test_logits_of_any_output():
+    z = torch.zeros(2, 7, V)
+    for outputs in (z, (z, None), [z], dict(loss=1, logits=z)):
+        assert clipped.logits_of(outputs) is z
+    with pytest.raises(TypeError, match="no logits"):
+        clipped.logits_of(dict(loss=z, logits=None))
+    with pytest.raises(ValueError, match="not one row for each target"):
+        token_logprobs(z, torch.zeros(2, 5, dtype=torch.long))
+
+
+# ------------------------------------------------------------------------------- nanoGPT's loop
+@pytest.mark.parametrize("micro", [1, 2])
+def test_nanogpt_is_the_mean_over_all_tokens_of_an_update(micro):
+    model = NanoGPT()
+    losses, weights, grads = train(model, micro=micro)
+    for i in (0, 1, 7, 8, 9):
+        old = weights[i - i % K]
+        right, right_grads = oracle(model, weights[i], old, *rows(4 * micro))
+        assert losses[i] == pytest.approx(right, abs=2e-5)
+        same_gradients(grads[i], right_grads)
+    assert clips(losses)
+
+
+def test_a_resume_begins_with_a_refresh():
+    losses, _, _ = train(NanoGPT(), start=5, updates=5)
+    minus_one = [abs(loss + 1) < 1e-6 for loss in losses]    # updates 5 to 9
+    assert minus_one == [True, False, False, True, False]
+
+
+def test_a_smaller_step_begins_a_new_run():
+    """A notebook's cell, run twice."""
+    model = nn.Linear(2, 2)
+    old = OldPolicy(model)
+    old.begin_update(3)
+    nn.init.zeros_(model.weight)
+    old.begin_update(1)
+    assert torch.equal(old.weights["weight"], model.weight)
+
+
+def test_a_compiled_model():
+    assert clips(train(torch.compile(NanoGPT(), backend="eager"))[0])
+
+
+# ------------------------------------------------------------------------------ what is refused
+class Noise(nn.Module):
+    """Dropout without a dropout module, on logits far from 0, as GPT-2's are."""
+
+    def forward(self, z):
+        return nn.functional.dropout(z, 0.1, self.training) - 50
+
+
+class Adapter(nn.Module):
+    """LoRA: B is 0 at first, so dropout does not show in the logits."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.A = nn.Linear(V, 4, bias=False)
+        self.B = nn.Linear(4, V, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, z):
+        return z + self.B(self.A(self.dropout(z)))
+
+
+class MaskVocabulary(nn.Module):
+    def forward(self, z):
+        z = nn.functional.dropout(z, 0.5, self.training)
+        return z.masked_fill(torch.arange(V) >= V - 4, -INF)
+
+
+def test_dropout_without_a_module_is_noticed():
+    with pytest.raises(RuntimeError, match="dropout and noise"):
+        train(NanoGPT(Noise()), updates=1)
+    assert clips(train(NanoGPT(Noise()).eval())[0])
+
+
+def test_adapter_dropout_is_noticed_before_the_first_update():
+    model = NanoGPT(Adapter(0.05))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="dropout 0.05 at then.dropout"):
+        train(model)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    assert clips(train(model.eval())[0])
+
+
+def test_a_masked_vocabulary_clips_or_stops():
+    _, labels = rows(4)
+    labels[labels >= V - 4] = -100
+    assert clips(train(NanoGPT(MaskVocabulary()).eval(), labels=labels)[0])
+    with pytest.raises(RuntimeError, match="dropout and noise"):
+        train(NanoGPT(MaskVocabulary()), labels=labels)
+    with pytest.raises(RuntimeError, match="dropout and noise"):
+        clipped.check_equal(torch.zeros(1), torch.full((1,), -INF) + INF, torch.ones(1) > 0)
+    labels[0, -1] = V - 1
+    with pytest.raises(RuntimeError, match="masked out of the vocabulary"):
+        train(NanoGPT(MaskVocabulary()).eval(), labels=labels)
+
 
 def test_a_model_that_ignores_its_weights_is_noticed():
-    """What TRL 1.7 did to deepcopy: forward is a closure over the live model."""
-    model, live = Pair(gpt()), gpt()
-    model.forward = lambda X, Y: (live(X), None)
-    with pytest.raises(RuntimeError, match="plain SFT"):
-        nanogpt(model, n=1)
+    """As TRL 1.7 made of deep copies: forward is that of another, live model."""
+    model = NanoGPT()
+    model.forward = NanoGPT().forward
+    with pytest.raises(RuntimeError, match="ignores the weights"):
+        train(model, updates=1)
 
-def test_a_refresh_at_every_update_is_noticed():
-    model = gpt()
-    with pytest.raises(RuntimeError, match="plain SFT"):
-        clipped.old_policy(model, 0, every=1)
-    with pytest.raises(RuntimeError, match="plain SFT"):
-        for samples in range(0, 64, 16):              # a step that counts samples, not updates
-            clipped.old_policy(model, samples)
 
-def test_a_wrapper_does_not_inherit_the_old_policy_of_what_it_wraps():
-    """As PEFT's wrappers do, which pass on every attribute."""
-    class Wrapper(nn.Module):
-        def __getattr__(self, name):
-            try:
-                return super().__getattr__(name)
-            except AttributeError:
-                return getattr(super().__getattr__("inner"), name)
-    wrapper = Wrapper()
-    wrapper.inner = gpt()
-    clipped.old_policy(wrapper.inner, 0)
-    assert clipped.old_policy(wrapper, 1).model is wrapper
+def test_plain_sft_is_refused():
+    """A refresh at every update: by K, by a step that counts samples, or micro-batches."""
+    with pytest.raises(ValueError, match="plain SFT"):
+        OldPolicy(nn.Linear(2, 2), every=1)
+    with pytest.raises(ValueError, match="one by one"):
+        train(NanoGPT(), stride=16)
+    model = NanoGPT()
+    old = OldPolicy(model)
+    y = rows(4)[1][:, 1:]
+    with pytest.raises(RuntimeError, match="not micro-batches"):
+        for micro_step in range(17):
+            old.begin_update(micro_step)
+            nanogpt.clipped_loss(model, old, y.clamp(min=0), y, 1).backward()
+            if micro_step % 8 == 7:
+                torch.optim.SGD(model.parameters(), lr=0.1).step()
 
-def test_compiled_model():
-    model = torch.compile(Pair(gpt()), backend="eager")
-    losses, *_ = nanogpt(model)
-    assert losses[0] == pytest.approx(-1, abs=1e-5) == losses[8]
-    assert all(x < -1.001 for i, x in enumerate(losses) if i % K)
 
-def test_logits_from_any_output():
-    z = torch.zeros(2)
-    assert all(clipped.logits_of(out) is z for out in (z, (z, None), dict(loss=1, logits=z)))
+def test_begin_update_must_be_called():
+    logp = torch.zeros(1, 1)
+    with pytest.raises(RuntimeError, match="begin_update"):
+        OldPolicy(nn.Linear(2, 2)).logp(logp, logp.long(), logp)
 
-def test_ppo():
-    model = gpt()
-    ids, labels = rows(8)
-    start, snaps = snapshot(model), []
-    opt = torch.optim.SGD(model.parameters(), lr=0.5)
-    step = opt.step
-    opt.step = lambda: (snaps.append(snapshot(model)), step())
-    losses = ppo.ppo_batch(model, opt, ids, labels != -100, updates=4)
-    hand = [oracle(model, s, start, ids[2 * i:2 * i + 2], labels[2 * i:2 * i + 2])[0]
-            for i, s in enumerate(snaps)]
-    assert losses == pytest.approx(hand, abs=2e-5) and losses[0] == pytest.approx(-1, abs=1e-6)
-    assert all(abs(x + 1) > 1e-3 for x in losses[1:])
-    with pytest.raises(AssertionError):
-        ppo.ppo_batch(model, opt, ids, labels != -100, updates=1)
 
-def test_sharded():
-    model, losses, snaps = gpt(), [], []
-    ids, labels = rows(8)
-    opt = torch.optim.SGD(model.parameters(), lr=0.5)
-    batches = [dict(input_ids=ids[i:i + 2], labels=labels[i:i + 2]) for i in range(0, 8, 2)]
+# ---------------------------------------------------------------------- no trace, no false alarm
+def test_the_old_policy_leaves_no_trace():
+    """Running statistics count the model's own passes alone, and no random number is drawn."""
+    model = NanoGPT(nn.BatchNorm1d(T - 1, affine=False))
+    attributes, names = set(vars(model)), list(model.state_dict())
+    state = torch.get_rng_state()
+    train(model, updates=3, micro=2)
+    assert model.then.num_batches_tracked == 6
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (set(vars(model)), list(model.state_dict())) == (attributes, names)
 
-    def update(loss):
-        snaps.append(snapshot(model)), losses.append(loss.item())
-        opt.zero_grad(), loss.backward(), opt.step()
-    start = snapshot(model)
-    sharded.clipped_updates(model, update, batches)
-    hand = [oracle(model, s, start, b["input_ids"], b["labels"])[0]
-            for s, b in zip(snaps, batches)]
-    assert losses == pytest.approx(hand, abs=2e-5) and losses[0] == pytest.approx(-1, abs=1e-6)
-    assert all(abs(x + 1) > 1e-3 for x in losses[1:])
 
-# ------------------------------------------------------------------------- transformers and TRL
-def hf_model(dropout=0.0):
-    from transformers import GPT2Config, GPT2LMHeadModel
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(
-        vocab_size=V, n_positions=40, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2,
-        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0,
-        eos_token_id=0))
+@pytest.mark.parametrize("trained", [["lm_head.weight"], ["ln_f.bias"], ["A.weight", "B.weight"]])
+def test_no_false_alarm_when_few_weights_train(trained):
+    """Tied embeddings alone: pre-LayerNorm removes a constant that is added to them."""
+    model = NanoGPT(Adapter())
+    for name, p in model.named_parameters(remove_duplicate=False):
+        p.requires_grad_(any(name.endswith(end) for end in trained))
+    losses, _, _ = train(model)
+    assert clips(losses, by=1e-5)
 
-def make(kind, path, data, model=None, **args):
-    """A trainer by one of the recipes; its .seen: weights, gradients and batches of each update."""
-    import transformers as tf
-    settings, extra, base = tf.TrainingArguments, {}, tf.Trainer
-    if kind == "sft_trainer":
-        trl = pytest.importorskip("trl", reason="the recipe for SFTTrainer needs trl")
-        datasets = pytest.importorskip("datasets")
-        from tokenizers import Tokenizer, models
-        words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
-        extra["processing_class"] = tf.PreTrainedTokenizerFast(
-            tokenizer_object=words, eos_token="0", pad_token="1", unk_token="0")
-        settings, base = trl.SFTConfig, trl.SFTTrainer
-        data = datasets.Dataset.from_dict({k: [r[k].tolist() for r in data] for k in data[0]})
-        args["dataset_kwargs"] = dict(skip_prepare_dataset=True)
-    else:
-        extra["data_collator"] = lambda b: {k: torch.stack([r[k] for r in b]) for k in b[0]}
-    if kind == "compute_loss_func":
-        from hf_loss_func import Clip
-        clip, cls = Clip(), tf.Trainer
-        extra |= dict(compute_loss_func=clip, callbacks=[clip])
-    else:
-        from hf_trainer import ClippedSFT
-        cls = type("Clipped", (ClippedSFT, base), {})
-    seen = []
 
-    class Watch(tf.TrainerCallback):
-        def on_step_begin(self, args, state, control, model, **_):
-            seen.append(dict(now=snapshot(model), batches=[], losses=[]))
+def test_no_false_alarm_while_the_learning_rate_is_0():
+    assert train(NanoGPT(), lr=0.0, updates=17)[0] == pytest.approx([-1] * 17, abs=1e-6)
 
-        def on_pre_optimizer_step(self, args, state, control, model, **_):
-            seen[-1]["grads"] = {k: p.grad.float().clone() for k, p in model.named_parameters()
-                                 if p.grad is not None}
 
-    class Spy(cls):
-        def training_step(self, model, inputs, *a, **k):
-            seen[-1]["batches"].append({k: v.clone() for k, v in inputs.items()})
-            loss = super().training_step(model, inputs, *a, **k)
-            seen[-1]["losses"].append(loss.item())
-            return loss
-    kw = dict(per_device_train_batch_size=8, max_steps=10, learning_rate=0.2, optim="sgd",
-              lr_scheduler_type="constant", max_grad_norm=0, report_to=[], use_cpu=True,
-              save_strategy="no", logging_strategy="no", disable_tqdm=True,
-              gradient_checkpointing=False, bf16=False, seed=1)
-    trainer = Spy(model=model or hf_model(), train_dataset=data, eval_dataset=data,
-                  args=settings(str(path), **kw | args), **extra)
-    trainer.add_callback(Watch())
-    trainer.seen = seen
-    return trainer
+def test_no_false_alarm_when_updates_are_skipped():
+    """A GradScaler may skip the first 7 updates and let the 8th through."""
+    model = NanoGPT()
+    old = OldPolicy(model)
+    y = rows(4)[1][:, 1:]
+    for step in range(9):
+        old.begin_update(step)
+        nanogpt.clipped_loss(model, old, y.clamp(min=0), y, 1).backward()
+        if step == 7:
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
 
-def table(n, **kw):
-    return [dict(input_ids=i, labels=y, attention_mask=torch.ones_like(i))
-            for i, y in zip(*rows(n, **kw))]
 
-def against_oracle(seen, model, tolerance=5e-5, gradients=True, first=0):
-    for i, s in enumerate(seen):
-        ids, labels = (torch.cat([b[k] for b in s["batches"]]) for k in ("input_ids", "labels"))
-        old = seen[i - (i + first) % K if i >= (i + first) % K else 0]["now"]
-        right, g = oracle(model, s["now"], old, ids, labels)
-        assert sum(s["losses"]) == pytest.approx(right, abs=tolerance), i
-        if gradients:
-            same_gradients(s["grads"], g)
+def test_no_false_alarm_when_nothing_is_trained():
+    assert train(NanoGPT(), labels=torch.full((4, T), -100))[0] == [0] * 10
 
-def moved(losses, by=1e-3):
-    """-1 at the refreshes, elsewhere not."""
-    return all((abs(x + 1) > by) == (i % K > 0) for i, x in enumerate(losses))
 
-@pytest.fixture
-def hf(tmp_path, monkeypatch):
-    accelerate = pytest.importorskip("accelerate", reason="these recipes need transformers and "
-                                     "accelerate")
-    pytest.importorskip("transformers")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")     # transformers sets it and leaves it
-    accelerate.state.AcceleratorState._reset_state(True)
-    return tmp_path
+# ---------------------------------------------------------- PPO, sharded weights, two processes
+class AverageOfThePast(nn.Module):
+    """As transformers: keyword arguments, a dict; places where attention_mask is 0 do not count."""
 
-@pytest.mark.parametrize("kind", HF)
-def test_hf_values_and_gradients(kind, hf):
-    """-1 at a refresh, the oracle's value and gradient between; -100 and label 0."""
-    trainer = make(kind, hf, table(16))
-    trainer.train()
-    seen = trainer.seen
-    against_oracle(seen, hf_model())
-    assert [sum(seen[i]["losses"]) for i in (0, 8)] == pytest.approx([-1, -1], abs=1e-5)
-    assert moved([sum(s["losses"]) for s in seen])
-
-@pytest.mark.parametrize("kind", HF)
-def test_hf_accumulation(kind, hf):
-    """4 x 4 = 1 x 16, with micro-batches of different numbers of tokens."""
-    runs = []
-    for size, steps in ((4, 4), (16, 1)):
-        trainer = make(kind, hf, table(16), per_device_train_batch_size=size, max_steps=4,
-                       gradient_accumulation_steps=steps)
-        trainer.train()
-        against_oracle(trainer.seen, hf_model())
-        runs.append([sum(s["losses"]) for s in trainer.seen])
-        assert len(trainer.seen[0]["losses"]) == steps
-    assert runs[0] == pytest.approx(runs[1], abs=1e-4)
-
-@pytest.mark.parametrize("kind", ["trainer", "sft_trainer"])
-def test_hf_label_0_is_never_counted(kind, hf):
-    trainer = make(kind, hf, table(16, first=0), max_steps=3)
-    assert trainer.train_dataset[0]["labels"][0] != -100
-    trainer.train()
-    against_oracle(trainer.seen, hf_model())
-
-@pytest.mark.parametrize("kind", HF)
-def test_hf_bf16(kind, hf):
-    trainer = make(kind, hf, table(16), bf16=True, max_steps=9)
-    trainer.train()
-    found = [sum(s["losses"]) for s in trainer.seen]
-    assert [found[0], found[8]] == pytest.approx([-1, -1], abs=1e-6) and moved(found)
-    against_oracle(trainer.seen, hf_model(), tolerance=0.03, gradients=False)
-
-@pytest.mark.parametrize("kind", HF)
-def test_hf_evaluation_is_the_plain_nll(kind, hf):
-    from transformers import Trainer, TrainingArguments
-    trainer = make(kind, hf, table(16), max_steps=3, per_device_eval_batch_size=16,
-                   eval_strategy="steps", eval_steps=1)
-    ids, labels = rows(16)
-
-    def nll():
-        with torch.no_grad():
-            logp = copy.deepcopy(trainer.model).double()(input_ids=ids).logits.log_softmax(-1)
-        y = labels[:, 1:]
-        return -logp[:, :-1].gather(-1, y.clamp(min=0)[..., None])[..., 0][y != -100].mean().item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(nll(), abs=1e-4)      # before train()
-    trainer.train()
-    against_oracle(trainer.seen, hf_model())                  # undisturbed by evaluation between
-    found = trainer.evaluate()["eval_loss"]
-    stock = Trainer(model=trainer.model, eval_dataset=table(16), args=TrainingArguments(
-        str(hf), per_device_eval_batch_size=16, report_to=[], use_cpu=True, disable_tqdm=True),
-        data_collator=lambda b: {k: torch.stack([r[k] for r in b]) for k in b[0]})
-    assert found == pytest.approx(nll(), abs=1e-4)
-    assert found == pytest.approx(stock.evaluate()["eval_loss"], abs=1e-4)
-
-@pytest.mark.parametrize("kind", HF)
-def test_hf_a_second_run_and_a_resume(kind, hf):
-    trainer = make(kind, hf, table(16), max_steps=5, save_strategy="steps", save_steps=5)
-    for _ in range(2):
-        trainer.seen.clear()
-        trainer.train()
-        against_oracle(trainer.seen, hf_model())
-        assert sum(trainer.seen[0]["losses"]) == pytest.approx(-1, abs=1e-5)
-    again = make(kind, hf, table(16), max_steps=10)         # a new process has a new trainer
-    trainer.args.max_steps = 10                             # the same one goes on where it was
-    for one in (trainer, again):
-        one.seen.clear()
-        one.train(resume_from_checkpoint=str(hf / "checkpoint-5"))
-        assert len(one.seen) == 5
-        against_oracle(one.seen, hf_model(), first=5)
-        assert [sum(one.seen[i]["losses"]) for i in (0, 3)] == pytest.approx([-1, -1], abs=1e-5)
-
-class Bare(nn.Module):
-    """A model of one's own: bare logits, a tuple or a dict; knows nothing of loss kwargs."""
-    def __init__(self, form):
+    def __init__(self):
         super().__init__()
-        self.gpt, self.form = gpt(), form
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(V, 16)
+        self.head = nn.Linear(16, V)
 
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        z = self.gpt(input_ids)
-        return dict(tensor=z, tuple=(z,), dict=dict(logits=z))[self.form]
+    def forward(self, input_ids, attention_mask=None):
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        x = self.embedding(input_ids) * attention_mask[..., None]
+        n = attention_mask.cumsum(1).clamp(min=1)
+        return dict(logits=self.head(3 * x.cumsum(1) / n[..., None]))
 
-@pytest.mark.parametrize("kind", ["trainer", "compute_loss_func"])
-@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
-def test_hf_any_output(kind, form, hf):
-    trainer = make(kind, hf, table(16), model=Bare(form), max_steps=2, prediction_loss_only=True,
-                   per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    trainer.train()
-    against_oracle(trainer.seen, Bare(form))
-    assert 0 < trainer.evaluate()["eval_loss"] < 30
 
-@pytest.mark.parametrize("kind", HF)
-def test_hf_nothing_to_train(kind, hf):
-    data = table(8)
-    for row in data:
-        row["labels"][:] = -100
-    trainer = make(kind, hf, data, max_steps=2)
-    trainer.train()
-    assert [sum(s["losses"]) for s in trainer.seen] == [0, 0]
+@pytest.mark.parametrize("recipe", ["ppo", "sharded", "sharded, 2 micro-batches"])
+def test_ppo_and_sharded_with_padding_on_the_left(recipe):
+    model = AverageOfThePast()
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    before = []
+    optimizer.register_step_pre_hook(lambda *_: before.append(snapshot(model)))
+    batch, ids, labels = left_padded(16)
+    if recipe == "ppo":
+        losses = ppo.ppo_batch(model, optimizer, batch, updates=4)
+    else:
+        updates = [cut(part, 2 if "2" in recipe else 4) for part in cut(batch, 4)]
+        optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+        losses = sharded.clipped_updates(model, updates, torch.Tensor.backward, optimizer.step)
+    for i, loss in enumerate(losses):
+        part = slice(4 * i, 4 * i + 4)
+        right, _ = oracle(model, before[i], before[0], ids[part], labels[part])
+        assert loss == pytest.approx(right, abs=2e-5)
+    assert clips(losses, by=1e-4)
 
-@pytest.mark.parametrize("kind", HF)
-def test_hf_gradient_checkpointing(kind, hf):
-    for reentrant in (True, False):
-        trainer = make(kind, hf, table(16), max_steps=3, gradient_checkpointing=True,
-                       gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
-        trainer.train()
-        against_oracle(trainer.seen, hf_model())
 
-@pytest.mark.parametrize("kind", HF)
-def test_hf_dropout_is_noticed(kind, hf):
-    with pytest.raises(RuntimeError, match="dropout"):
-        make(kind, hf, table(16), model=hf_model(0.1)).train()
+@pytest.mark.parametrize("noise, message", [(nn.Dropout(0.1), "dropout 0.1 at then"),
+                                            (Noise(), "dropout and noise")])
+def test_ppo_and_sharded_notice_dropout(noise, message):
+    model = NanoGPT(noise)
+    model.forward = lambda input_ids: NanoGPT.forward(model, input_ids)
+    batch = dict(zip(["input_ids", "labels"], rows(4)))
+    with pytest.raises(RuntimeError, match=message):
+        ppo.ppo_batch(model, torch.optim.SGD(model.parameters()), batch, updates=2)
+    with pytest.raises(RuntimeError, match=message):
+        sharded.clipped_updates(model, [[batch], [batch]], torch.Tensor.backward, int)
 
-@pytest.mark.parametrize("kind", HF)
-def test_hf_warm_up_from_0(kind, hf):
-    """A first step at learning rate 0 changes nothing: r = 1 twice, and no false alarm."""
-    args = dict(warmup_steps=2, lr_scheduler_type="linear", max_steps=4)
-    trainer = make(kind, hf, table(16), **args)
-    trainer.train()
-    assert sum(trainer.seen[1]["losses"]) == pytest.approx(-1, abs=1e-5)
-    assert abs(sum(trainer.seen[3]["losses"]) + 1) > 1e-4
 
-@pytest.mark.parametrize("kind", HF)
-def test_hf_lora(kind, hf):
-    """Only the adapters are copied; B = 0 at first is no false alarm."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", lora_dropout=0.0)
-    trainer = make(kind, hf, table(16), model=peft.get_peft_model(hf_model(), lora))
-    trainer.train()
-    losses = [sum(s["losses"]) for s in trainer.seen]
-    assert all("lora" in k for k in trainer.model.old_policy.weights)
-    assert [losses[0], losses[8]] == pytest.approx([-1, -1], abs=1e-5)
-    assert moved(losses, 1e-4)
-    torch.manual_seed(0)
-    against_oracle(trainer.seen, peft.get_peft_model(hf_model(), lora), gradients=False)
+def test_ppo_and_sharded_refuse_plain_sft():
+    batch = dict(zip(["input_ids", "labels"], rows(2)))
+    with pytest.raises(ValueError, match="plain SFT"):
+        ppo.ppo_batch(None, None, batch, updates=1)
+    with pytest.raises(ValueError, match="as many rows"):
+        ppo.ppo_batch(None, None, batch, updates=3)
+    with pytest.raises(ValueError, match="plain SFT"):
+        sharded.clipped_updates(None, [[batch]], None, None)
 
-# --------------------------------------------------------------------------------- two processes
-def three_updates(kind, path, world):
-    """[loss, gradient norm] of each update, on the same global batches for any world."""
-    trainer = make(kind, Path(path) / kind, table(16), max_steps=3, max_grad_norm=1e9,
-                   per_device_train_batch_size=4 // world, gradient_accumulation_steps=2,
-                   logging_strategy="steps", logging_steps=1, average_tokens_across_devices=True)
-    trainer.train()
-    return [[x["loss"], x["grad_norm"]] for x in trainer.state.log_history if "grad_norm" in x]
 
-def test_hf_two_processes(hf):
-    """As with one process on the same global batch."""
-    kinds = HF if importlib.util.find_spec("trl") else ["trainer", "compute_loss_func"]
-    with closing(socket.socket()) as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                            OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-    outputs = [open(hf / f"rank{r}.txt", "w+") for r in range(2)]
-    jobs = [subprocess.Popen([sys.executable, __file__, str(hf), *kinds], stdout=out, stderr=out,
-                             env=env | dict(RANK=str(r), LOCAL_RANK=str(r)))
-            for r, out in enumerate(outputs)]
-    try:
-        one = {kind: three_updates(kind, hf, 1) for kind in kinds}
-        for job, out in zip(jobs, outputs):
-            assert job.wait(timeout=300) == 0, Path(out.name).read_text()[-3000:]
-    finally:
-        for job, out in zip(jobs, outputs):
-            job.kill(), out.close()
-    two = json.loads((hf / "two.json").read_text())
-    for kind in kinds:
-        assert len(one[kind]) == 3
-        assert two[kind] == [pytest.approx(x, rel=1e-3) for x in one[kind]], kind
-        assert one[kind][0][0] == pytest.approx(-1, abs=1e-3) and abs(one[kind][1][0] + 1) > 0.01
+def share(rank, world, **named):
+    """A process's rows: 0, 2, 4, ... have fewer trained tokens than 1, 3, 5, ..."""
+    return {name: x[rank::world] for name, x in named.items()}
 
-if __name__ == "__main__":    # one of the two processes
-    torch.set_num_threads(1)
-    found = {kind: three_updates(kind, sys.argv[1], 2) for kind in sys.argv[2:]}
-    if os.environ["RANK"] == "0":
-        Path(sys.argv[1], "two.json").write_text(json.dumps(found))
+
+def nanogpt_job(rank, world):
+    raw_model = NanoGPT()
+    model = DistributedDataParallel(raw_model) if world > 1 else raw_model
+    ids, labels = rows(8)
+    batch = share(rank, world, X=ids[:, :-1], Y=labels[:, 1:])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    old = OldPolicy(raw_model)
+    for i in range(4):
+        old.begin_update(i)
+        tokens = update_tokens([batch["Y"]])
+        nanogpt.clipped_loss(model, old, **batch, tokens=tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return raw_model
+
+
+def ppo_job(rank, world):
+    raw_model = AverageOfThePast()
+    model = DistributedDataParallel(raw_model) if world > 1 else raw_model
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    ppo.ppo_batch(model, optimizer, share(rank, world, **left_padded(16)[0]), updates=4)
+    return raw_model
+
+
+def sharded_job(rank, world):
+    model = AverageOfThePast()
+    if world > 1:
+        fully_shard(model.head)
+        fully_shard(model)
+        with pytest.raises(RuntimeError, match="see sharded.py"):
+            OldPolicy(model).begin_update(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+
+    def step():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    batch = share(rank, world, **left_padded(16)[0])
+    updates = [cut(part, 2 // world) for part in cut(batch, 4 // world)]
+    sharded.clipped_updates(model, updates, torch.Tensor.backward, step)
+    return model
+
+
+JOBS = [nanogpt_job, ppo_job, sharded_job]
+
+
+def one_process(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                                         world_size=2)
+    for job in JOBS:
+        weights = {}
+        for name, p in job(rank, 2).named_parameters():
+            weights[name] = p.full_tensor() if hasattr(p, "full_tensor") else p
+        if rank == 0:
+            torch.save(weights, folder / job.__name__)
     torch.distributed.barrier()
     os._exit(0)    # gloo's threads may hang or abort at a normal exit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_two_processes(tmp_path):
+    """DDP in nanoGPT's loop and in PPO, FSDP2 in the sharded recipe: the weights after training are
+    those of one process on the same rows."""
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=one_process, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    for job in JOBS:
+        found = torch.load(tmp_path / job.__name__)
+        for name, p in job(0, 1).named_parameters():
+            assert (found[name] - p).abs().max() < 1e-5, (job.__name__, name)
