@@ -16,8 +16,8 @@ tokens, float32, AdamW, one x86 core (CPU time): 13.4 s an update (the first: 21
 for the Trainer's own loss, 3.6 GB at the peak against 3.1 GB.
 Does not cover: FSDP and DeepSpeed ZeRO-3 (stop with an error), nn.DataParallel, context, sequence
 and tensor parallelism, encoder-decoders and prompt tuning (logits and labels must match, place by
-place), auxiliary losses, label smoothing (error). SFTTrainer's extra logs, such as entropy, are left
-out. A run that is resumed begins with a refresh.
+place), auxiliary losses, label smoothing (error). SFTTrainer's extra logs, such as entropy, are
+left out. A run that is resumed begins with a refresh.
 Run with transformers 5.24, TRL 1.16, peft 0.21 and torch 2.13, and with transformers 4.52, TRL
 0.19, peft 0.17 and torch 2.14; on CPUs.
 """
