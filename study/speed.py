@@ -197,7 +197,8 @@ def decode_here(c, model, prompts):
 
 def coin_verdict(problem, response):
     """A reward that has spread, as from a model that has learnt something."""
-    return data.Verdict(strict=random.random() < 0.5, any=True)
+    strict = random.random() < 0.5
+    return data.Verdict(strict=strict, any=True, error="", partial=float(strict))
 
 
 def grpo_here(c):
