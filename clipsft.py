@@ -11,6 +11,7 @@ stop. Several processes may fill one folder, each with seeds of its own.
 """
 import argparse
 import copy
+import functools
 import itertools
 import math
 import os
@@ -129,7 +130,8 @@ def finetune(model, base, ids, mask, c, seed):
         # Every K updates the model as it stands becomes the old policy. The K / passes batches
         # until the next refresh are passed over `passes` times: paper 3 once, paper 1 three times.
         old = copy.deepcopy(model).requires_grad_(False)
-        fresh = [next(stream) for _ in range(min(c.old_every // c.passes, c.steps))]
+        n_fresh = min(c.old_every // c.passes, c.steps)
+        fresh = [next(stream) for _ in range(n_fresh)]
         for rows in fresh * c.passes:
             batch_ids, batch_mask = trim(ids[rows], mask[rows])
             batch_ids, batch_mask = batch_ids.to(model.device), batch_mask.to(model.device)
@@ -166,7 +168,8 @@ def pretrain(c, seed):
         set_lr(muon_opt, scale * c.base_lr)
         set_lr(adam_opt, scale * c.base_adam_lr)
         logp = response_logprobs(model, batch_ids, batch_mask)
-        masked_mean(sft_loss(logp), batch_mask[:, 1:]).backward()
+        loss = masked_mean(sft_loss(logp), batch_mask[:, 1:])
+        loss.backward()
         update(model, muon_opt, adam_opt)
     return model
 
@@ -183,7 +186,8 @@ def without_improbable(base, ids, mask, skip, seed):
     else:
         places = m.nonzero()                                                 # (tokens, 2)
         order = torch.randperm(len(places), generator=generator("cpu", seed, "skip"))
-        chosen = places[order[:improbable.sum()]]
+        n_drop = int(improbable.sum())
+        chosen = places[order[:n_drop]]
         drop = torch.zeros_like(m)
         drop[chosen[:, 0], chosen[:, 1]] = True
     mask = mask.clone()
@@ -225,7 +229,7 @@ class Config:
     eps_high: float = 0.28          # clip: a token rests beyond r = 1 + eps_high
     old_every: int = 8              # K, updates per refresh of the old policy; passes divide it
     passes: int = 1                 # passes over the batches of a refresh
-    beta: float = 0.5               # weight of the KL to the base of methods kl and asft
+    beta: float = 0.5               # weight of the KL to the base of method kl (asft has .05)
     rotation: float = 0.0           # weight of RPSFT's penalty on turning the base's matrices
     rotation_share: float = 0.5     # of their singular vectors, the leading ones
     freeze: str = "none"            # weights that SFT leaves as they are: none or table (of tokens)
@@ -233,8 +237,8 @@ class Config:
     aggregate: str = "token"        # mean of a loss, see rl.masked_mean
 
     # GRPO
-    rl_methods: tuple = ("sft", "clip")   # which of the methods it starts from; nothing: no RL
-    rl_from: tuple = (8, 64, 1200)  # SFT steps that it starts from
+    rl_methods: tuple = ("sft", "clip")   # which of the methods it starts from, besides the base
+    rl_from: tuple = (8, 1200)      # SFT steps that it starts from; nothing: no RL
     rl_steps: int = 20              # GRPO steps
     rl_lr: float = 1e-4             # its learning rate, after 5 warm-up steps
     rl_prompts: int = 32            # P, prompts a step
@@ -255,7 +259,7 @@ METHODS = {
     "clip": dict(loss="clip"),
     "dft": dict(loss="dft"),
     "asft": dict(loss="asft", beta=0.05),
-    "kl": dict(loss="kl", beta=0.5),
+    "kl": dict(loss="kl"),
     "rpsft": dict(loss="sft", rotation=1.0, rotation_share=0.5),
     "sft-1e-4": dict(loss="sft", lr=1e-4),
     "sft-3e-5": dict(loss="sft", lr=3e-5),
@@ -295,9 +299,11 @@ EVAL_STEPS = (8, 16, 32, 64, 128, 300, 600, 1200)    # and the last
 def read_flags(argv):
     """Command line -> Config: the defaults, changed by a preset, changed by the flags. What cannot
     run ends here in one line, before any work."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]", description=__doc__, epilog=f"methods: {', '.join(METHODS)}",
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="smoke: seconds; gpu: 10M parameters")
+    # {field of Config: its comment}
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)", Path(__file__).read_text(), re.MULTILINE))
     for f in fields(Config):
         if f.name == "loss":
@@ -313,19 +319,24 @@ def read_flags(argv):
     given = {name: value for name, value in given.items() if value is not None}
     c = Config(**{**preset, **given})
     try:
-        check(c, "rl_methods" in given)
+        check(c, given)
     except ValueError as error:
         parser.error(str(error))
     return c
 
 
-def check(c, rl_methods_given):
-    """ValueError for settings that would fail late, never end or mislead."""
-    for name in ("seeds", "eval_n", "base_steps", "base_batch", "steps", "batch_size", "passes",
-                 "eps_low", "eps_high", "lr", "rl_steps", "rl_lr", "rl_prompts", "rl_updates",
-                 "temperature"):
-        if not getattr(c, name) > 0:
+def check(c, given):
+    """ValueError for settings that would fail late, never end or mislead. given: the flags."""
+    for name in ("seeds", "n_layer", "n_head", "base_steps", "base_batch", "base_lr",
+                 "base_adam_lr", "steps", "batch_size", "passes", "eps_low", "eps_high", "lr",
+                 "rl_steps", "rl_lr", "rl_prompts", "rl_updates", "temperature"):
+        if not getattr(c, name) > 0:    # nan is refused too
             raise ValueError(f"--{name} must be above 0")
+    for name in ("seed", "p_word", "beta", "rotation", "kl_coef"):
+        if not getattr(c, name) >= 0:
+            raise ValueError(f"--{name} must be 0 or more")
+    if c.eval_n < 16:
+        raise ValueError("--eval_n must be 16 or more: the OOD set is halved")
     if not c.methods or len(set(c.methods)) < len(c.methods):
         raise ValueError("--methods: name at least one, each once")
     if c.base_batch > c.base_docs:
@@ -339,8 +350,11 @@ def check(c, rl_methods_given):
     if c.base_from and not Path(c.base_from).is_dir():
         raise ValueError(f"--base_from {c.base_from}: no such folder")
     for method in c.rl_methods:
-        if rl_methods_given and method not in c.methods:
+        if "rl_methods" in given and method not in c.methods:
             raise ValueError(f"--rl_methods {method} is not among --methods")
+    for name in given:
+        if all(name in METHODS[method] for method in c.methods):
+            raise ValueError(f"--{name} reaches no method: their lines of METHODS set it")
     for method in c.methods:
         mine = replace(c, **METHODS[method])
         if mine.batch_size > mine.demos:
@@ -352,9 +366,11 @@ def check(c, rl_methods_given):
             raise ValueError(f"--passes {mine.passes} must divide --old_every {mine.old_every}")
         for step in mine.rl_from:
             if method in c.rl_methods and not 1 <= step <= mine.steps:
-                raise ValueError(f"--rl_from {step}: {method} has steps 1 to {mine.steps}")
+                raise ValueError(f"--rl_from {step}: {method} has steps 1 to {mine.steps}; give "
+                                 "--rl_from too")
 
 
+@functools.cache
 def task_fingerprint():
     """A number that changes with the task: with documents, demonstrations or evaluation problems
     (data.py, eval.eval_sets)."""
@@ -390,7 +406,7 @@ def job_path(folder, seed, method):
 
 def check_folder(c):
     """ValueError names what the jobs of the run folder were made with if that differs from now."""
-    for path in sorted(Path(c.out_dir).glob("s*-*.json")):
+    for path in sorted(Path(c.out_dir).glob("s[0-9]*-*.json")):
         _, method = path.stem.split("-", 1)
         if method not in METHODS and method != "base":
             continue    # a line that is no longer there
@@ -420,8 +436,8 @@ def refuse_other_settings(path, wanted):
         if name == "task":
             raise ValueError(f"{path} is of another task: data.py or eval.eval_sets has changed; "
                              "give another --out_dir")
-        raise ValueError(f"{path} was made with --{name} {found.get(name)}, now {value}: give the "
-                         "same, or another --out_dir")
+        raise ValueError(f"{path} was made with {name} = {found.get(name)}, now {value}: give the "
+                         "same or another --out_dir, or delete the file to run it again")
 
 
 def run_base(c, seed):
@@ -454,7 +470,8 @@ def run_method(c, seed, method):
     recent = []
     updates = finetune(model, base, ids, mask, c, seed)
     for step, stats in progress(updates, c.steps, f"seed {seed} {method}"):
-        recent = [*recent, stats][-c.old_every:]    # a whole round of the old policy
+        recent.append(stats)
+        recent = recent[-c.old_every:]    # K updates: every age of the old policy once
         if step in EVAL_STEPS or step in c.rl_from or step == c.steps:
             row = dict(seed=seed, method=method, stage="sft", step=step)
             row.update(ev.evaluate(model, base, c.eval_n, seed))
@@ -498,7 +515,6 @@ def show(text):
 def main(argv=None):
     """Run the jobs that are not there yet, then report. In a notebook: main(["--seeds", "2"])."""
     c = read_flags(argv)
-    Path(c.out_dir).mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")     # TF32 on CUDA; on the CPU it changes nothing
     torch.backends.cuda.enable_cudnn_sdp(False)    # in bf16 it would plan anew for every shape
     seeds = range(c.seed, c.seed + c.seeds)
@@ -507,12 +523,13 @@ def main(argv=None):
         for seed in seeds:
             if c.base_from and not job_path(c.out_dir, seed, "base").exists():
                 check_base(c, seed)
+        Path(c.out_dir).mkdir(parents=True, exist_ok=True)
         show(ev.header())
         for seed in seeds:
             for method in ("base", *c.methods):
                 path = job_path(c.out_dir, seed, method)
                 if path.exists():
-                    show(f"seed {seed} {method}: found in {c.out_dir}")
+                    show(f"seed {seed} {method}: found; delete {path} to run it again")
                     continue
                 rows = run_base(c, seed) if method == "base" else run_method(c, seed, method)
                 rows = [{key: ev.finite(value) for key, value in row.items()} for row in rows]

@@ -89,8 +89,8 @@ def fingerprint(words):
 
 
 def split_of(hand):
-    """'eval', 'rl' or 'train', by what the cards are worth if J=Q=K=10, in any order: 7 J 3 K and
-    3 10 7 Q have the same sums then, so no evaluation hand has those of a hand in training."""
+    """'eval', 'rl' or 'train', by what the cards are worth under the ID rule, in any order: 7 J 3 K
+    and 3 10 7 Q have the same sums, so no evaluation hand has those of a hand in training."""
     worths = ["10" if card in FACES else card for card in hand]
     tenth = fingerprint(worths) % 10
     if tenth < 3:
@@ -129,7 +129,9 @@ def draw_pair(rng, split):
     while True:
         problem = draw_id(rng, split, ("Q", "K"))
         twin = problem._replace(rule=tuple(rng.sample(WORTHS, 3)))
-        if sum(problem.values) != sum(twin.values) <= 40:
+        id_sum = sum(problem.values)
+        ood_sum = sum(twin.values)
+        if ood_sum != id_sum and ood_sum <= 40:
             return problem, twin
 
 
@@ -208,7 +210,8 @@ def verify(problem, response):
     wrongly."""
     if problem.op in "MRDC":
         right = response == truth(problem)
-        return Verdict(strict=right, any=right, error="" if right else "values", partial=right)
+        error = "" if right else "values"
+        return Verdict(strict=right, any=right, error=error, partial=float(right))
     words = response.split()
     total_right = len(words) > 0 and words[-1] == str(sum(problem.values))
     match = _CHAIN.fullmatch(response)
@@ -217,7 +220,8 @@ def verify(problem, response):
     # a + b = ab , ab2 + c = abc , abc2 + d = abcd # total
     a, b, ab, ab2, c, abc, abc2, d, abcd, total = [int(number) for number in match.groups()]
     steps = [a + b == ab, ab == ab2 and ab2 + c == abc, abc == abc2 and abc2 + d == abcd]
-    partial = (sum(steps) / 3 + total_right) / 2
+    right_steps = sum(steps)    # True counts 1
+    partial = (right_steps / 3 + total_right) / 2
     used = sorted([a, b, c, d])
     if used != sorted(problem.values):
         error = "rule" if used in readings(problem) else "values"
@@ -232,8 +236,8 @@ def readings(problem):
     """The hand's numbers, sorted, if any of its face cards count as under the ID rule: a list of
     lists."""
     under_id_rule = problem._replace(rule=ID_RULE).values
-    ways = itertools.product(*zip(problem.values, under_id_rule))
-    return [sorted(way) for way in ways]
+    either = list(zip(problem.values, under_id_rule))    # of each card both numbers
+    return [sorted(numbers) for numbers in itertools.product(*either)]
 
 
 def batch(pairs):
@@ -271,8 +275,9 @@ def demonstrations(n, seed, split="train", p_word=0.3):
 def show(title, problem, response):
     """Print a document: its words, their ids, and the mask, 1 where a token is trained."""
     ids, mask = batch([(problem.prompt, response)])
+    words = [decode([token]) for token in ids[0].tolist()]
     print(f"\n{title}")
-    for cells in ([decode([i]) for i in ids[0].tolist()], ids[0].tolist(), mask[0].int().tolist()):
+    for cells in (words, ids[0].tolist(), mask[0].int().tolist()):
         print("".join(f"{cell:>6}" for cell in cells))
 
 

@@ -100,10 +100,11 @@ def clipped_shares(recent):
     of all (clip_frac), of connectives, numbers and signs (nan where none was trained)."""
     tokens = torch.cat([stats["tokens"][stats["mask"]] for stats in recent])     # (N,)
     clipped = torch.cat([stats["clipped"][stats["mask"]] for stats in recent])   # (N,)
-    connective = (tokens >= data.encode(data.CONNECTIVES[0])[0]) & (tokens < data.EOS)
+    first = data.WORDS.index(data.CONNECTIVES[0])    # connectives are the last words
+    connective = (tokens >= first) & (tokens < data.EOS)
     number = tokens < len(data.NUMBERS)
-    kinds = dict(clip_frac=tokens >= 0, clip_connectives=connective, clip_numbers=number,
-                 clip_signs=~connective & ~number)
+    kinds = dict(clip_frac=torch.ones_like(clipped), clip_connectives=connective,
+                 clip_numbers=number, clip_signs=~connective & ~number)
     return {name: mean(clipped[kind].float().tolist()) for name, kind in kinds.items()}
 
 
@@ -155,7 +156,8 @@ def representation_drift(layers0, layers1):
 def gradient_norm_by_probability(model, ids, mask, per_bin=20):
     """Paper 1's analysis: the L2 norm of the gradient of -log pi (all parameters) of single
     response tokens of ids, mask (B, T), by their probability in ten bins, [0, .1) first; with a
-    clean gradient for each token (its code subtracts accumulated norms).
+    clean gradient for each token (its code subtracts accumulated norms). With respect to the logits
+    alone it is softmax - one_hot(y), of norm 1 - p to sqrt 2 (1 - p).
     -> list of ten (tokens in the bin, mean norm of up to per_bin of them; nan without any)."""
     with torch.no_grad():
         p = response_logprobs(model, ids, mask)[mask[:, 1:]].exp()           # (N,)
@@ -169,7 +171,6 @@ def gradient_norm_by_probability(model, ids, mask, per_bin=20):
         chosen = tokens[order[:per_bin]]
         for row, t in places[chosen].tolist():
             logits = model.lm_head(model.hidden(ids[row:row + 1, :t + 1])[0, -1])    # (V,)
-            # with respect to the logits: softmax(logits) - e_y, of norm 1 - p to sqrt 2 (1 - p)
             nll = -token_logprobs(logits, ids[row, t + 1])
             grads = torch.autograd.grad(nll, list(model.parameters()))
             norms.append(math.sqrt(sum(g.pow(2).sum().item() for g in grads)))
@@ -203,7 +204,7 @@ def peak(curve):
     half of the OOD set and its ood is that of the other half; both ways, the mean."""
     by_a = max(curve, key=lambda row: row["ood_a"])
     by_b = max(curve, key=lambda row: row["ood_b"])
-    return average([by_a | dict(ood=by_a["ood_b"]), by_b | dict(ood=by_b["ood_a"])])
+    return average([dict(by_a, ood=by_a["ood_b"]), dict(by_b, ood=by_b["ood_a"])])
 
 
 def at_id(curve, level):
@@ -233,10 +234,13 @@ def between(row, other, share):
 # A row: seed, method, stage (base, sft, rl), step (SFT updates; of rl those before RL), numbers.
 COLUMNS = dict(id="ID", ood="OOD", ood_rule="unread", ood_any="OOD any", explained="explain",
                prior="M R D C", entropy="entropy", clip_frac="clipped")
-LEGEND = """accuracies, greedy: ID, the task of SFT; OOD, the same hands under another rule; OOD any, its
-last number alone; explain, the same asked by E; M R D C, the other abilities. unread: the share of
-OOD answers that count a face card as in SFT. entropy: nats a token. clipped: the share of tokens
-past the bound in the last K updates."""
+LEGEND = """accuracies, greedy:
+    ID        the task of SFT
+    OOD       the same hands under another rule; OOD any: its last number alone
+    unread    of OOD, the share of answers that count a face card as in SFT
+    explain   the OOD problems asked by E; M R D C: the other abilities
+entropy: nats a token; clipped: the share of tokens past the bound in the last K updates (after RL:
+in its last ten steps)"""
 COMPARED = ("id", "ood", "ood_any", "explained", "prior")
 
 
@@ -264,7 +268,7 @@ def finite(value):
 def read_rows(run, suffix=""):
     """All rows of a run folder, in the order of their seeds; suffix is added to each method."""
     rows = []
-    for path in sorted(Path(run).glob("s*-*.json")):
+    for path in sorted(Path(run).glob("s[0-9]*-*.json")):
         for row in read_json(path)["rows"]:
             numbers = {key: math.nan if value is None else value for key, value in row.items()}
             if row["method"] != "base":
@@ -385,7 +389,9 @@ def pick_rl(step):
 def compare(rows):
     """Lines of text: differences to sft and to clip, paired by seed."""
     methods = methods_of(rows)
-    references = [name for name in ("sft", "clip") if name in methods] or methods[:1]
+    references = [name for name in ("sft", "clip") if name in methods]
+    if not references:
+        references = methods[:1]
     picks = {"at the end": pick_end, "at ID .95": pick_matched}
     for step in sorted({row["step"] for row in rows if row["stage"] == "rl"}):
         picks[f"RL from {step}"] = pick_rl(step)
@@ -487,7 +493,8 @@ def figure(rows, path):
     axes[0].set_ylabel("accuracy, greedy decoding")
     axes[0].legend(loc="lower right", frameon=False)
     axes[2].legend(loc="lower left", fontsize=8)
-    fig.savefig(path, dpi=100)
+    fig.savefig(temporary(path), format="png", dpi=100)
+    temporary(path).replace(path)
 
 
 def report(runs, show=print):
@@ -495,6 +502,13 @@ def report(runs, show=print):
     rows = read_rows(runs[0])
     for run in runs[1:]:
         more = read_rows(run, f" ({run})")
+        if not methods_of(more):
+            raise ValueError(f"{run} holds no finished job")
+        for seed in seeds_of(more):
+            first = run_of(rows, "base", seed, "base")
+            second = run_of(more, "base", seed, "base")
+            if first and second and first[0]["nll"] != second[0]["nll"]:
+                show(f"note: seed {seed} has another base in {run}")
         rows += [row for row in more if row["method"] != "base"]
     if not methods_of(rows):
         raise ValueError(f"{runs[0]} holds no finished job")

@@ -46,8 +46,7 @@ class Attention(nn.Module):
             k = cache[0, :, :, :start + T]
             v = cache[1, :, :, :start + T]
         # One new token sees all that the cache holds: only a whole prompt needs the causal mask.
-        whole = start == 0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=whole)         # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=(start == 0))  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -112,7 +111,10 @@ class GPT(nn.Module):
         cache: one tensor a layer, see Attention."""
         x = self.transformer.wte(ids) + self.transformer.wpe.weight[start:start + ids.shape[1]]
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[i], start)
+            layer_cache = None
+            if cache is not None:
+                layer_cache = cache[i]
+            x = block(x, layer_cache, start)
         return self.transformer.ln_f(x)
 
     def forward(self, ids):
@@ -147,14 +149,14 @@ class GPT(nn.Module):
                 token = sample(self.lm_head(x).float(), temperature, noise)  # (live,)
                 ids[live, t] = token
                 done = done | (token == eos)
-                # Drop the finished rows once they are many. A look waits for the device: rarely.
-                look = (t - P) % 4 == 3
-                if look and done.float().mean() > 0.2:
+                # Drop the finished rows once they are many; to see it waits for the device: rarely.
+                every_fourth = (t - P) % 4 == 3
+                if every_fourth and done.float().mean() > 0.2:
                     keep = (~done).nonzero()[:, 0]
                     live = live[keep]
                     token = token[keep]
                     done = done[keep]
-                    cache = [kv[:, keep] for kv in cache]
+                    cache = [kv[:, keep] for kv in cache]                    # (2, live, H, S, D)
                 if len(live) == 0 or t == S - 1:
                     break
                 x = self.hidden(token[:, None], cache, t)[:, 0]              # (live, C)
@@ -183,7 +185,7 @@ def response_mask(ids, start, eos):
     """True from place `start` up to the first EOS, or to the end: ids (B, T) -> (B, T) bool."""
     sampled = torch.arange(ids.shape[1], device=ids.device) >= start         # (T,)
     is_eos = (ids == eos) & sampled
-    eos_before = is_eos.cumsum(1) - is_eos.long()
+    eos_before = is_eos.cumsum(1) - is_eos.long()    # how many stand strictly before
     return sampled & (eos_before == 0)
 
 
@@ -271,8 +273,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if "average" not in self.state[p]:
                     self.state[p]["average"] = torch.zeros_like(p)
-                average = self.state[p]["average"].lerp_(p.grad, 1 - group["momentum"])
-                direction = orthogonal(p.grad.lerp(average, group["momentum"]))
+                average = self.state[p]["average"]
+                average.lerp_(p.grad, 1 - group["momentum"])
+                ahead = p.grad.lerp(average, group["momentum"])    # Nesterov
+                direction = orthogonal(ahead)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(direction, alpha=group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
@@ -280,7 +284,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(G):
     """G (m, n) with its singular values moved to about 1, by five Newton-Schulz steps (Muon)."""
     X = G.T if G.shape[0] > G.shape[1] else G
-    X = X / X.norm()
+    X = X / X.norm().clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.T
         X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
@@ -293,11 +297,12 @@ def set_lr(opt, lr):
 
 
 def update(model, *opts):
-    """One step of each optimizer, the gradient norm cut to 1."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    """One step of each optimizer, the gradient norm cut to 1. -> the norm before, a tensor."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for opt in opts:
         opt.step()
         opt.zero_grad()
+    return norm
 
 
 def generator(device, *key):
@@ -317,13 +322,12 @@ def save_checkpoint(path, model):
 
 
 def load_checkpoint(path, device="cpu"):
-    """-> model. Never unpickles code. ValueError names a file that is damaged or not of here."""
+    """-> model. Never unpickles code. ValueError names a file that is missing, damaged or not of
+    this project."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = GPT(GPTConfig(**saved["gpt"])).to(device)
         model.load_state_dict(saved["model"])
-    except FileNotFoundError:
-        raise
     except Exception as error:    # torch raises many kinds, none with the name of the file
         raise ValueError(f"cannot read {path}: {error}") from error
     return model

@@ -122,7 +122,7 @@ def grpo_step(model, opt, c, step, seed, ref):
     adv = group_advantage(rewards, c.adv_scale)                              # (P, G)
     stats = dict(reward=rewards.mean().item(), clip_frac=0.0,
                  zero_spread=(~spread).float().mean().item(),
-                 truncated=1 - (ids == data.EOS).any(1).float().mean().item())    # none in prompts
+                 truncated=1 - (ids == data.EOS).any(1).float().mean().item())
     if c.kl_coef == 0:
         # Groups without spread have no gradient: they are left out, and the means below are over
         # the rows that are left (DAPO's filter; it also refills the batch). A KL acts on all rows.
@@ -142,14 +142,17 @@ def grpo_step(model, opt, c, step, seed, ref):
     updates = min(c.rl_updates, len(ids))
     for rows in order.to(ids.device).tensor_split(updates):
         logp = response_logprobs(model, ids[rows], mask[rows], c.temperature)
-        others = (old_logp[rows], row_adv[rows], c.rl_eps_low, c.rl_eps_high)
-        gain = clipped_surrogate(logp, *others)
+        old = old_logp[rows]                                                 # (b, T-1)
+        a = row_adv[rows]                                                    # (b, 1)
+        gain = clipped_surrogate(logp, old, a, c.rl_eps_low, c.rl_eps_high)
         if c.kl_coef > 0:
             gain = gain - c.kl_coef * kl_k3(logp, ref_logp[rows])
         loss = -masked_mean(gain, mask[rows, 1:], c.aggregate, data.MAX_NEW)
         loss.backward()
-        update(model, opt)
-        clipped[rows] = is_clipped(logp.detach(), *others)
+        norm = update(model, opt)
+        if not norm.isfinite():
+            raise FloatingPointError("RL: the gradient is not finite: try a lower --rl_lr")
+        clipped[rows] = is_clipped(logp.detach(), old, a, c.rl_eps_low, c.rl_eps_high)
     stats["clip_frac"] = masked_mean(clipped.float(), mask[:, 1:]).item()
     return stats
 
