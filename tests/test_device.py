@@ -35,14 +35,15 @@ def test_greedy_answers_are_the_same(tiny):
     assert there[1].is_cuda and there[2].is_cuda
 
 
-@pytest.mark.parametrize("loss", ["sft", "clip", "dft", "kl"])
-def test_fine_tuning_gives_the_same_weights(tiny, loss):
+@pytest.mark.parametrize("own", [dict(loss="clip"), dict(loss="kl"), dict(loss="asft"),
+                                 dict(loss="sft", rotation=1.0)], ids=str)
+def test_fine_tuning_gives_the_same_weights(tiny, own):
     ids, mask = data.demonstrations(32, 0)
     start = copy.deepcopy(tiny)
     models = on_both(tiny)
     for model in models:
         base = copy.deepcopy(model).requires_grad_(False)
-        list(clipsft.finetune(model, base, ids, mask, replace(SMALL, loss=loss), 0))
+        list(clipsft.finetune(model, base, ids, mask, replace(SMALL, **own), 0))
     assert_moved_alike(start, *models)
 
 
@@ -55,7 +56,7 @@ def test_grpo_gives_the_same_weights_from_the_same_rollout(tiny, monkeypatch):
     for model in models:
         rollout = ids.to(model.device), mask.to(model.device), rewards
         monkeypatch.setattr(rl, "rollout", lambda *_: rollout)
-        list(rl.grpo(model, replace(SMALL, rl_steps=2), 0))
+        list(rl.grpo(model, None, replace(SMALL, rl_steps=2), 0))
     assert_moved_alike(start, *models)
 
 
@@ -65,7 +66,8 @@ def test_whole_jobs_agree(tmp_path):
     for device in ("cpu", "cuda"):
         folder = tmp_path / device
         clipsft.main(["--preset", "smoke", "--device", device, "--kl_coef", "0.1", "--methods",
-                      "sft", "clip", "kl", "--out_dir", str(folder)])
+                      "sft", "clip", "kl", "sft-skip-low", "sft-frozen-table",
+                      "--out_dir", str(folder)])
         rows = [row for path in sorted(folder.glob("*.json"))
                 for row in json.loads(path.read_text())["rows"]]
         assert sum(row["stage"] == "rl" for row in rows) == 3

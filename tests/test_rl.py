@@ -14,6 +14,7 @@ from torch.distributions import Categorical, kl_divergence
 import data
 import rl
 from clipsft import Config
+from model import kl_exact
 
 C = Config(rl_prompts=4, rl_group=4, rl_updates=2, rl_steps=4, rl_lr=1e-3, temperature=1.3)
 
@@ -62,6 +63,21 @@ def test_without_spread_the_advantage_is_exactly_0(scale):
     assert rl.has_spread(rewards).tolist() == [False, True]
 
 
+def test_a_spread_of_rounding_is_none():
+    third = 1 / 3
+    rewards = torch.tensor([[third, third + 1e-7], [third, third + 1e-5]])
+    assert rl.has_spread(rewards).tolist() == [False, True]
+    assert rl.group_advantage(rewards)[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind, reward", [("strict", 0), ("composite", 5 / 6), ("none", 0)])
+def test_rewards_by_hand(kind, reward):
+    almost = data.Verdict(strict=False, any=True, error="sums", partial=5 / 6)
+    right = data.Verdict(strict=True, any=True, error="", partial=1.0)
+    assert rl.reward_of(almost, kind) == reward
+    assert rl.reward_of(right, kind) == (0 if kind == "none" else 1)
+
+
 @pytest.mark.parametrize("how, budget, mean", [
     ("token", 1, 11 / 4), ("sequence", 1, (2 + 5 + 0) / 3), ("constant", 1, 11 / 3),
     ("constant", 10, 11 / 30)])
@@ -73,11 +89,13 @@ def test_masked_means_by_hand(how, budget, mean):
     assert rl.masked_mean(x, 0 * mask, how, budget) == 0    # of nothing
 
 
-def test_an_unknown_scale_or_mean_is_named():
+def test_an_unknown_scale_mean_or_reward_is_named():
     with pytest.raises(ValueError, match="'var'"):
         rl.group_advantage(torch.ones(2, 2), "var")
     with pytest.raises(ValueError, match="'median'"):
         rl.masked_mean(torch.ones(2, 2), torch.ones(2, 2), "median")
+    with pytest.raises(ValueError, match="'some'"):
+        rl.reward_of(None, "some")
 
 
 def test_k3_averages_to_the_kl():
@@ -105,9 +123,10 @@ def policy(tiny, monkeypatch):
 
 
 def reward_by(monkeypatch, rule):
-    """Let rule(problem, response) decide what is right."""
+    """Let rule(problem, response) decide what share is right; strict is any."""
     def verify(problem, response):
-        return data.Verdict(strict=rule(problem, response), any=True)
+        right = rule(problem, response)
+        return data.Verdict(strict=right > 0, any=True, error="", partial=right)
 
     monkeypatch.setattr(data, "verify", verify)
 
@@ -129,22 +148,25 @@ def test_each_problem_is_answered_n_times_without_eos(policy, monkeypatch):
     assert 0 < (ids == data.EOS).any(1).sum() < 12
 
 
-def test_a_rollout_asks_problems_of_the_rl_split_and_rewards_strict_verdicts(policy, monkeypatch):
+@pytest.mark.parametrize("reward, worth", [("strict", 1), ("composite", 0.25), ("none", 0)])
+def test_a_rollout_asks_id_problems_of_the_rl_split_and_rewards_them(
+        policy, monkeypatch, reward, worth):
     asked = []
 
-    def has_a_two(problem, response):
+    def quarter_for_a_two(problem, response):
         asked.append(problem)
-        return "2" in response
+        return 0.25 * ("2" in response)
 
-    reward_by(monkeypatch, has_a_two)
-    ids, mask, rewards = rl.rollout(policy, C, 3, 1)
+    reward_by(monkeypatch, quarter_for_a_two)
+    ids, mask, rewards = rl.rollout(policy, replace(C, reward=reward), 3, 1)
     assert asked == [problem for problem in asked[::4] for _ in range(4)]
     assert len(set(asked)) == 4
     assert all(data.split_of(problem.hand) == "rl" for problem in asked)
-    assert all(problem.op == "S" and problem.rule in data.ID_RULES for problem in asked)
+    assert {problem[:2] for problem in asked} == {("S", (10, 10, 10))}
     said = [data.decode(row[row_mask].tolist()) for row, row_mask in zip(ids, mask)]
-    assert rewards.tolist() == [["2" in text for text in said[i:i + 4]] for i in (0, 4, 8, 12)]
-    assert 0 < rewards.sum() < 16
+    expected = [worth * ("2" in text) for text in said]
+    assert rewards.flatten().tolist() == expected
+    assert len(set(expected)) == (1 if reward == "none" else 2)
 
 
 def test_seed_and_step_choose_the_problems_and_the_sample(policy):
@@ -262,7 +284,7 @@ def test_each_update_in_bfloat16_uses_the_weights_of_its_moment(policy, monkeypa
     policy.config.bf16 = True
     reward_in_turn(monkeypatch, [1, 0])
     monkeypatch.setattr(rl, "response_logprobs", watched)
-    assert len(list(rl.grpo(policy, replace(C, rl_updates=4, rl_lr=5e-2), 0))) == 4
+    assert len(list(rl.grpo(policy, None, replace(C, rl_updates=4, rl_lr=5e-2), 0))) == 4
     assert len(errors) == 4 * 4
     assert max(errors) < 0.05    # 0.7 on stale weights
 
@@ -275,10 +297,33 @@ def test_grpo_finds_a_reward_unless_a_kl_holds_it(policy, monkeypatch, kl_coef):
     monkeypatch.setattr(data, "MAX_NEW", 3)
     start = copy.deepcopy(policy)
     c = replace(C, rl_prompts=8, rl_group=8, rl_steps=25, rl_lr=3e-3, kl_coef=kl_coef)
-    rewards = [stats["reward"] for stats in rl.grpo(policy, c, 0)]
+    rewards = [stats["reward"] for stats in rl.grpo(policy, None, c, 0)]
     gain = statistics.mean(rewards[-5:]) - statistics.mean(rewards[:3])
     ids = torch.arange(80).view(8, 10)
     now, before = [Categorical(logits=model(ids)) for model in (policy, start)]
     moved = kl_divergence(now, before).mean()
     assert (gain > 0.3) == (kl_coef == 0)
     assert (moved < 0.1) == (kl_coef > 0)
+
+
+@pytest.mark.parametrize("kl_to, approaches", [("base", True), ("start", False)])
+def test_without_a_reward_a_kl_to_the_base_goes_there_and_one_to_the_start_stays(
+        policy, kl_to, approaches):
+    base = copy.deepcopy(policy)
+    for p in base.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=keyed("base"))
+    c = replace(C, rl_steps=12, kl_coef=1.0, kl_to=kl_to, reward="none", rl_lr=2e-3)
+    ids, _, _ = rl.rollout(policy, c, 0, 9)
+
+    def distance():
+        with torch.no_grad():
+            return kl_exact(policy(ids), base(ids)).mean().item()
+    before = distance()
+    kept = copy.deepcopy(base)
+    stats = list(rl.grpo(policy, base, c, 0))
+    assert [found["reward"] for found in stats] == [0] * 12
+    if approaches:
+        assert distance() < 0.8 * before, (before, distance())
+    else:
+        assert distance() == pytest.approx(before, rel=0.1)
+    assert all(map(torch.equal, base.parameters(), kept.parameters()))
