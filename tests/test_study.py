@@ -14,9 +14,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "study"))
 import claims  # noqa: E402
+import clipsft  # noqa: E402
 import speed  # noqa: E402
 
 nan = math.nan
+near = pytest.approx
 
 
 def said(effects, **options):
@@ -63,34 +65,43 @@ def test_constant_effects_within_rounding_are_no_difference():
 
 
 # ================================================================= picks
-def row(method, step, ID, ood, stage="sft", seed=0, ood_a=None):
-    return dict(seed=seed, method=method, stage=stage, step=step, id=ID, ood=ood,
-                ood_a=ood if ood_a is None else ood_a, ood_b=ood - 0.1)
+def row(method, step, ID, ood, stage="sft", seed=0, **others):
+    numbers = dict(seed=seed, method=method, stage=stage, step=step, id=ID, ood=ood, ood_a=ood,
+                   ood_b=ood - 0.1)
+    return numbers | others
 
 
 CURVE = [row("sft", 4, 0.5, 0.4), row("sft", 8, 0.96, 0.8), row("sft", 12, 0.97, 0.9),
-         row("sft", 300, 0.95, 0.3)]
+         row("sft", 300, 0.95, 0.3), row("sft", 600, 0.94, 0.2)]
 ENDS = [row("sft", 4, 1, 0.6, "rl"), row("sft", 8, 1, 0.7, "rl", ood_a=0.2),
-        row("sft", 300, 1, 0.5, "rl", ood_a=0.9)]
+        row("sft", 12, 1, 0.1, "rl"), row("sft", 300, 1, 0.5, "rl", ood_a=0.9, zero_spread=0.25)]
 
 
 @pytest.mark.parametrize("pick, expected", [
-    (claims.at_end, 0.3), (claims.at_step(8), 0.8), (claims.at_id(0.97), 0.9),
-    (claims.at_peak, 0.8),    # .9 on half a, minus .1 on half b
+    (claims.at_end, 0.2), (claims.at_step(8), 0.8), (claims.at_300, 0.3),
+    (claims.at_id(0.73), 0.6),                    # half of the way from .4 to .8
+    (claims.at_peak, (0.8 + 0.9) / 2),            # step 12 by either half, seen on the other
     (claims.at_best_id, 0.9), (claims.start_at_id, 0.8), (claims.after_rl(4), 0.6),
-    (claims.best_after_rl((4, 8)), 0.6),    # picked on half a: .6 and .2
-    (claims.best_after_rl((4, 8, 300)), 0.5), (claims.after_rl_from_equal_id, 0.7)])
+    (claims.best_after_rl, 0.5),                  # picked on half a
+    (claims.after_rl_from_equal_id, 0.7)])
 def test_a_pick_finds_its_row(pick, expected):
-    assert pick(CURVE + ENDS, "sft", 0)["ood"] == pytest.approx(expected)
+    assert pick(CURVE + ENDS, "sft", 0)["ood"] == near(expected)
     assert pick(CURVE + ENDS, "clip", 0) is None
     assert pick(CURVE + ENDS, "sft", 1) is None
 
 
-def test_values_are_means_over_picks_and_gains_are_after_minus_before():
-    rows = CURVE + ENDS
-    assert claims.values(rows, "ood", "sft", claims.at_step(4), claims.at_step(8)) == \
-        pytest.approx([0.6])
-    assert claims.gain_by_rl(rows, "ood", "sft", (4, 300)) == pytest.approx([(0.2 + 0.2) / 2])
+@pytest.mark.parametrize("when, number, expected", [    # the peak: step 12, .85
+    ("before", claims.gain, (0.2 - 0.1) / 2), ("after", claims.gain, 0.2),
+    ("before", claims.loss, (0.45 + 0.05) / 2), ("after", claims.loss, 0.55),
+    ("before", claims.end, 0.65), ("after", claims.end, 0.5),
+    ("after", claims.above_peak, -0.35), ("after", claims.no_spread, 0.25)])
+def test_what_rl_changes_before_and_after_the_runs_own_peak(when, number, expected):
+    other = [row("sft", 4, 0.5, 0.9, seed=1), row("sft", 8, 0.9, 0.1, seed=1),    # peak: step 4
+             row("sft", 8, 0.9, 0.3, "rl", seed=1, zero_spread=0.5)]
+    of_other = dict(gain=0.2, loss=0.75, end=0.3, above_peak=-0.55, no_spread=0.5)
+    second = nan if when == "before" else of_other[number.__name__]
+    found = claims.by_rl(CURVE + ENDS + other, "sft", when, number)
+    np.testing.assert_allclose(found, [expected, second])
 
 
 def test_a_missing_row_is_nan_and_never_0():
@@ -102,16 +113,62 @@ def test_a_missing_row_is_nan_and_never_0():
     np.testing.assert_allclose(claims.difference(rows, "ood", "clip", "sft", pick), [nan, nan])
     both = claims.values(rows, "ood", "sft", claims.at_step(4), claims.at_step(8))
     np.testing.assert_allclose(both, [0.6, nan])
+    np.testing.assert_allclose(claims.by_rl(rows, "clip", "before", claims.gain), [nan, nan])
     np.testing.assert_allclose(claims.column([dict(shift=2), {}], "shift"), [2, nan])
 
 
+def test_what_is_forgotten_in_per_cent_of_the_base_by_hand():
+    rows = [row("base", 0, 0, 0, "base", prior=0.8, explained=0.5),
+            row("sft", 8, 1, 1, prior=0.4, explained=0.4)]    # 50 and 20 %
+    np.testing.assert_allclose(claims.forgotten(rows, "sft", [claims.at_end]), [35])
+
+
 def test_a_claim_without_any_row_is_undecided_and_its_numbers_are_null():
-    base_alone = [row("base", 0, 0, 0, "base")]
+    base_alone = [row("base", 0, 0, 0, "base", prior=1, explained=1)]
     for claim in claims.all_claims(base_alone, [{}]):
         entry = claims.as_json(claim)
         assert (entry["verdict"], entry["n"]) == ("undecided", 0)
         assert entry["effect"] is None
         assert entry["half"] is None
+
+
+def numbers(**given):
+    """All numbers of a row that claims look at; .5 but for those given."""
+    keys = ("id", "ood", "ood_a", "ood_b", "ood_any", "ood_rule", "ood_format", "ood_sums", "prior",
+            "explained", "entropy", "logp_low", "logp_high", "clip_frac", "clip_connectives",
+            "clip_numbers", "zero_spread")
+    return dict.fromkeys(keys, 0.5) | given
+
+
+def made_up(seed):
+    """What three papers would expect, of a seed."""
+    def of(method, step, stage="sft", **given):
+        return dict(seed=seed, method=method, stage=stage, step=step) | numbers(**given)
+    rows = [of("base", 0, "base", prior=1, explained=1), of("base", 0, "rl", ood=0, id=0.1)]
+    for method, up in (("sft", 0), ("clip", 0.1)):
+        early = dict(ood=0.7, ood_a=0.7, ood_b=0.7)
+        rows += [of(method, 8, id=0.5, ood=0.4, ood_a=0.4, ood_b=0.4),
+                 of(method, 16, id=0.96, prior=0.6 + up, **early),
+                 of(method, 300, id=1, ood=0.5, ood_any=0.5 + up, prior=0.5 + up),
+                 of(method, 1200, id=1, ood=0.3, ood_a=0.3, ood_b=0.3, ood_rule=0.6),
+                 of(method, 8, "rl", ood=0.6, ood_a=0.6), of(method, 1200, "rl", ood=0.45, ood_a=0.4)]
+    return rows
+
+
+@pytest.mark.parametrize("name, effect, said", [
+    ("peak", 0.4, "holds"), ("rule", 0.6 / 0.7, "holds"), ("heals", 0.15, "holds"),
+    ("completes", 0.2, "holds"), ("cold start", 0.6, "holds"), ("too late", 0.15, "holds"),
+    ("bound", 0.25, "holds"), ("ID parity", 0, "holds"), ("heals few", None, "undecided"),
+    # at .95, 45/46 of the way from update 8, where both have .5; at .98 half of that to 300
+    ("keep prior", (0.1 * 45 / 46 + 0.1) / 2, "holds"), ("keep ood", 0, "no difference"),
+    ("not a step back", 0.15 - 0.2, "opposite"), ("turns back", 2, "holds")])
+def test_claims_of_made_up_rows_by_hand(name, effect, said):
+    rows = [line for seed in range(3) for line in made_up(seed)]
+    measurements = [dict(gain_toward_base=0.2, angle_late=9, angle_rl=7)] * 3
+    found = {claim.id: claim for claim in claims.all_claims(rows, measurements)}
+    entry = claims.as_json(found[name])
+    assert entry["effect"] == (None if effect is None else near(effect))
+    assert entry["verdict"] == said
 
 
 # ================================================================= measurements
@@ -145,27 +202,45 @@ def test_layer_means_are_over_the_response_alone(tiny):
 
 
 # ================================================================= the commands
+class InProcess:
+    """In the place of subprocess.Popen: clipsft.py here and now."""
+    def __init__(self, command, env):
+        assert command[1] == ROOT / "clipsft.py"
+        claims.clipsft.main([str(word) for word in command[2:]])
+
+    def wait(self):
+        return 0
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """One command in miniature: two seeds, starts at 2 and 4, no variants but one."""
+    """The command in miniature: two seeds, starts at 2 and 4, a variant of each kind."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claims, "STARTS", (2, 4))
-        patch.setattr(claims, "CORE", ("sft", "clip"))
-        patch.setattr(claims, "VARIANTS", ("dft",))
-        argv = [str(folder / "run"), "--seeds", "2", "--out", str(folder / "out"), "--flags",
-                "--preset", "smoke", "--steps", "4", "--rl_steps", "1"]
-        claims.main(argv)
-        yield folder, argv
+        patch.setattr(claims.subprocess, "Popen", InProcess)
+        patch.setattr(claims.ev, "report", lambda *args: None)
+        for kind, methods in dict(CORE=("sft", "clip"), RATES=("sft-1e-4",), LATE=("rpsft",),
+                                  EARLY=("dft",)).items():
+            patch.setattr(claims, kind, methods)
+        flags = ("--preset smoke --n_layer 1 --base_steps 4 --steps 4 --rl_from 2 4 --rl_steps 1 "
+                 "--eval_n 8 --demos 64")
+        claims.main([str(folder / "run"), "--seeds", "2", "--few_seeds", "1", "--out",
+                     str(folder / "out"), "--flags", *flags.split()])
+    return folder
 
 
-def test_one_command_writes_claims_tables_and_figures(study):
-    out = study[0] / "out"
+def test_one_command_writes_rows_claims_tables_and_figures(study):
+    out = study / "out"
+    rows = claims.read_lines(out / "rows.jsonl")
+    assert {(row["seed"], row["method"]) for row in rows} == {
+        (500, "base"), (500, "sft"), (500, "clip"), (500, "sft-1e-4"), (500, "rpsft"), (500, "dft"),
+        (501, "base"), (501, "sft"), (501, "clip"), (501, "sft-1e-4")}
+    assert len([row for row in rows if row["method"] == "base"]) == 4    # before and after RL
+    assert [row["seed"] for row in claims.read_lines(out / "measured.jsonl")] == [500, 501]
     entries = json.loads((out / "claims.json").read_text())
-    assert len(entries) == 27
     keep_prior = next(entry for entry in entries if entry["id"] == "keep prior")
     assert (keep_prior["n"], keep_prior["verdict"]) == (0, "undecided")    # ID .95 is not reached
-    assert keep_prior["beside"] == "at the end"
+    assert list(keep_prior["beside"]) == ["at the end"]
     text = (out / "claims.md").read_text(encoding="utf-8")
     for name in ("| keep prior |", "| restore |", "| clip |", "| dft |"):
         assert name in text
@@ -173,25 +248,50 @@ def test_one_command_writes_claims_tables_and_figures(study):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_committed_rows_are_judged_once_more_without_a_run_folder(study, tmp_path):
+    for name in ("rows.jsonl", "measured.jsonl"):
+        (tmp_path / name).write_bytes((study / "out" / name).read_bytes())
+    claims.main(["--out", str(tmp_path)])
+    for name in ("claims.json", "claims.md"):
+        assert (tmp_path / name).read_bytes() == (study / "out" / name).read_bytes()
+
+
+def test_lines_keep_nan_and_five_places(tmp_path):
+    claims.write_lines(tmp_path / "rows", [dict(seed=1, ood=1 / 3, nll=nan, sample="S ±")])
+    assert json.loads((tmp_path / "rows").read_text(encoding="utf-8"))["nll"] is None
+    back, = claims.read_lines(tmp_path / "rows")
+    assert math.isnan(back.pop("nll"))
+    assert back == dict(seed=1, ood=0.33333, sample="S ±")
+
+
 def test_measurements_are_made_again_when_a_checkpoint_is_newer(study, monkeypatch):
-    run = study[0] / "run"
+    run = study / "run"
     rows = claims.ev.read_rows(run)
-    kept = claims.measured(run, 100, rows)
+    kept = claims.measured(run, 500, rows)
     monkeypatch.setattr(claims, "measure", lambda *args: dict(shift=7.0, angle=nan))
-    assert claims.measured(run, 100, rows)["shift"] == kept["shift"]
-    later = (run / "measured-s100.json").stat().st_mtime + 1
-    os.utime(run / "s100-sft-4.pt", (later, later))
-    again = claims.measured(run, 100, rows)
-    assert again["shift"] == 7
-    assert math.isnan(again["angle"])    # null in the file
+    assert claims.measured(run, 500, rows)["shift"] == kept["shift"]
+    later = (run / "measured-s500.json").stat().st_mtime + 1
+    os.utime(run / "s500-sft-4.pt", (later, later))
+    assert claims.measured(run, 500, rows) == dict(shift=7, angle=None)
 
 
-def test_a_failing_experiment_ends_in_one_line(tmp_path):
+def test_two_processes_share_the_seeds_and_a_failing_one_ends_the_study(tmp_path, monkeypatch):
+    commands = []
+
+    def start(command, env):
+        commands.append([str(word) for word in command])
+        return SimpleNamespace(wait=lambda: len(commands) - 1)
+    monkeypatch.setattr(claims.subprocess, "Popen", start)
     with pytest.raises(SystemExit, match="clipsft.py failed"):
-        claims.run_experiment(tmp_path / "run", range(2), ["sft"], ["--eval_n", "0"])
+        claims.run_experiment(tmp_path, range(7, 12), ("sft", "dft"), 600, (64, 600), ["--lr", "1"])
+    flags = [clipsft.read_flags(command[2:]) for command in commands]
+    assert [(c.seed, c.seeds) for c in flags] == [(7, 3), (10, 2)]
+    c = flags[0]
+    assert (c.methods, c.rl_methods, c.rl_from) == (["sft", "dft"], ["sft"], [64, 600])
+    assert (c.steps, c.lr, c.out_dir) == (600, 1, str(tmp_path))
 
 
-@pytest.mark.parametrize("decode, group", [(4, 4), (20, 4), (256, 8), (7, 1)])
+@pytest.mark.parametrize("decode, group", [(20, 4), (256, 8), (7, 1)])
 def test_speed_decodes_as_many_rows_as_it_counts(decode, group):
     c = speed.read_flags(["--decode", str(decode)])
     ids, _ = speed.training_batch(c)
@@ -205,12 +305,11 @@ def test_speed_decodes_as_many_rows_as_it_counts(decode, group):
     assert speed.done_by(c, "decode", 0) == (30 * decode, "tokens")
 
 
-@pytest.mark.parametrize("decode", [4, 20])
-def test_speed_in_miniature(decode):
+def test_speed_in_miniature():
     done = subprocess.run(
         [sys.executable, ROOT / "study" / "speed.py", "--rounds", "1", "--rows", "2", "--n_layer",
          "1", "--n_head", "1", "--n_embd", "8", "--vocab_size", "40", "--block_size", "8",
-         "--threads", "1", "--decode", str(decode)], capture_output=True, text=True, check=True)
+         "--threads", "1", "--decode", "4"], capture_output=True, text=True, check=True)
     for name in ("product", "copy", "train, plain loop", "train, here", "decode, here"):
         assert f"\n{name}  " in done.stdout
     assert "GRPO" not in done.stdout    # not the vocabulary of the cards
