@@ -2,8 +2,8 @@
 import json
 import math
 import os
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -219,6 +219,7 @@ def study(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claims.subprocess, "Popen", InProcess)
         patch.setattr(claims.ev, "report", lambda *args: None)
+        patch.setattr(claims.data, "MAX_NEW", 4)    # short answers take less time
         for kind, methods in dict(CORE=("sft", "clip"), RATES=("sft-1e-4",), LATE=("rpsft",),
                                   EARLY=("dft",)).items():
             patch.setattr(claims, kind, methods)
@@ -248,7 +249,9 @@ def test_one_command_writes_rows_claims_tables_and_figures(study):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_committed_rows_are_judged_once_more_without_a_run_folder(study, tmp_path):
+def test_committed_rows_are_judged_once_more_without_a_run_folder(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims.ev, "figure", lambda *args: None)
+    monkeypatch.setattr(claims, "trade_figure", lambda *args: None)
     for name in ("rows.jsonl", "measured.jsonl"):
         (tmp_path / name).write_bytes((study / "out" / name).read_bytes())
     claims.main(["--out", str(tmp_path)])
@@ -305,14 +308,14 @@ def test_speed_decodes_as_many_rows_as_it_counts(decode, group):
     assert speed.done_by(c, "decode", 0) == (30 * decode, "tokens")
 
 
-def test_speed_in_miniature():
-    done = subprocess.run(
-        [sys.executable, ROOT / "study" / "speed.py", "--rounds", "1", "--rows", "2", "--n_layer",
-         "1", "--n_head", "1", "--n_embd", "8", "--vocab_size", "40", "--block_size", "8",
-         "--threads", "1", "--decode", "4"], capture_output=True, text=True, check=True)
+def test_speed_in_miniature(capsys):
+    with warnings.catch_warnings():
+        speed.main("--rounds 1 --rows 2 --n_layer 1 --n_head 1 --n_embd 8 --vocab_size 40 "
+                   "--block_size 8 --threads 1 --decode 4".split())
+    out = capsys.readouterr().out
     for name in ("product", "copy", "train, plain loop", "train, here", "decode, here"):
-        assert f"\n{name}  " in done.stdout
-    assert "GRPO" not in done.stdout    # not the vocabulary of the cards
+        assert f"\n{name}  " in out
+    assert "GRPO" not in out    # not the vocabulary of the cards
 
 
 def test_peak_memory_in_gib(monkeypatch):
