@@ -1,5 +1,6 @@
 """Losses by hand, training once more by plain loops, and what a run keeps, refuses, survives."""
 import copy
+import functools
 import itertools
 import json
 import math
@@ -282,19 +283,14 @@ def test_rows_that_fill_no_batch_wait_for_the_next_epoch():
         assert torch.equal(torch.cat([next(stream), next(stream)]), order[:8])
 
 
-def test_passes_that_do_not_divide_the_updates_of_a_refresh_are_refused(start):
+def test_passes_that_do_not_divide_or_a_loss_of_the_wrong_shape_are_refused(start, monkeypatch):
     model, ids, mask = start
     with pytest.raises(ValueError, match="2 passes do not divide 3"):
         next(finetune(model, model, ids, mask, replace(C, passes=2), 0))
 
-
-@pytest.mark.parametrize("wrong", [lambda loss: loss.mean(), lambda loss: loss[:, :, None]])
-def test_a_loss_of_the_wrong_shape_is_refused_at_the_first_update(start, monkeypatch, wrong):
-    model, ids, mask = start
-
-    def wrong_loss(c, model, old, base, ids, mask):
-        loss, clipped = token_loss(c, model, old, base, ids, mask)
-        return wrong(loss), clipped
+    def wrong_loss(*args):
+        loss, clipped = token_loss(*args)
+        return loss.mean(), clipped
     monkeypatch.setattr(clipsft, "token_loss", wrong_loss)
     with pytest.raises(ValueError, match="one value a token"):
         next(finetune(copy.deepcopy(model), model, ids, mask, C, 0))
@@ -387,10 +383,9 @@ def test_help_names_every_flag_with_its_comment_and_default(capsys, monkeypatch)
     said = {text.split()[0]: text for text in options.split(" --")}
     assert said["lr"] == "lr LR SFT learning rate [0.0003]"
     assert said["rl_from"].endswith("] SFT steps that it starts from [8 64 1200]")
-    for f in fields(Config):
-        if f.name != "loss" and f.type is not tuple:
-            assert said[f.name].endswith(f" [{f.default}]")
-            assert len(said[f.name].split()) > 3
+    names = {f.name for f in fields(Config)} - {"loss"}
+    assert names <= said.keys()
+    assert all(len(said[name].split()) > 3 for name in names)
 
 
 def test_flags_go_before_the_preset_and_the_preset_before_the_defaults():
@@ -399,10 +394,15 @@ def test_flags_go_before_the_preset_and_the_preset_before_the_defaults():
 
 
 # ---- jobs, with made-up measurements: the sum of the weights
+fingerprint = functools.cache(clipsft.task_fingerprint)    # it takes longer than a small job
+
+
 @pytest.fixture
 def work(monkeypatch):
     """No true measurements and no figure; -> the list of what was computed."""
     done = []
+    monkeypatch.setattr(clipsft, "task_fingerprint", fingerprint)
+    monkeypatch.setattr(data, "MAX_NEW", 4)
 
     def watch(name):
         real = getattr(clipsft, name)
@@ -488,18 +488,14 @@ def test_rl_that_is_asked_for_later_is_refused(work, tmp_path):
     assert_refused(work, tmp_path, "", r"s0-clip.json .*--rl_methods \[\], now \['clip'\]")
 
 
-def test_a_changed_line_of_methods_is_refused(work, tmp_path, monkeypatch):
+def test_a_changed_line_of_methods_is_refused_and_one_that_is_gone_passed_over(
+        work, tmp_path, monkeypatch):
     go(tmp_path)
     monkeypatch.setitem(clipsft.METHODS, "clip", dict(loss="clip", eps_high=0.1))
     said = r"s0-clip.json was made with --eps_high 0.05, now 0.1"
     assert_refused(work, tmp_path, "--methods sft", said)
-
-
-def test_a_method_that_is_no_longer_there_is_passed_over(work, tmp_path):
-    go(tmp_path)
-    ev.write_json(tmp_path / "s0-gone.json", dict(settings={}, rows=[]))
-    work.clear()
-    go(tmp_path)
+    monkeypatch.delitem(clipsft.METHODS, "clip")
+    go(tmp_path, "--methods sft")
     assert work == []
 
 
@@ -512,7 +508,8 @@ def test_a_setting_that_an_old_file_does_not_have_is_refused(work, tmp_path):
 
 
 @pytest.fixture
-def fresh_eval_sets():
+def fresh_eval_sets(monkeypatch):
+    monkeypatch.setattr(clipsft, "task_fingerprint", fingerprint.__wrapped__)
     ev.eval_sets.cache_clear()
     yield
     ev.eval_sets.cache_clear()
@@ -689,65 +686,50 @@ def test_grpo_with_more_updates_than_rows_that_have_spread(start, monkeypatch):
     assert not torch.equal(model.lm_head.weight, before)
 
 
-# ---- processes, all started at once: importing torch takes long
-SMOKE = ("--preset smoke --n_layer 1 --base_steps 4 --base_batch 8 --demos 64 --steps 32 "
-         "--methods sft --rl_methods sft --rl_from 32 --rl_steps 1 --eval_n 4")
+# ---- two processes, both started at once: importing torch takes long
+SMOKE = ("--preset smoke --n_layer 1 --base_steps 1 --base_batch 8 --demos 64 --methods sft "
+         "--rl_methods --rl_from --eval_n 4")
+ENDLESS = f"{SMOKE} --steps 1000000"
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """{name: process}. Two fill the folder "two", one for a reader that goes after a line."""
+    """Their folder; a process that does not end; one whose reader goes after a line."""
     runs = tmp_path_factory.mktemp("runs")
-    code = clipsft.__file__
+    python = f"exec {sys.executable} {clipsft.__file__}"
+    lines = [f"{python} {ENDLESS} --out_dir {runs}/endless",
+             f"set -o pipefail; {sys.executable} -m cProfile {clipsft.__file__} {SMOKE} --steps 1 "
+             f"--out_dir {runs}/head | head -1"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    commands = dict(
-        head=f"set -o pipefail; {sys.executable} -m cProfile {code} {SMOKE} --seed 1 "
-             f"--out_dir {runs}/two | head -1",
-        killed=f"exec {sys.executable} {code} {SMOKE} --out_dir {runs}/two",
-        interrupted=f"exec {sys.executable} {code} {SMOKE} --steps 1000000 --rl_methods "
-                    f"--out_dir {runs}/interrupted")
-    processes = {}
-    for name, line in commands.items():
-        processes[name] = subprocess.Popen(
-            ["bash", "-c", line], env=environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE)
-    yield runs, processes
-    for process in processes.values():
+    processes = []
+    for line in lines:
+        processes.append(subprocess.Popen(["bash", "-c", line], env=environment, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    yield runs, *processes
+    for process in processes:
         process.kill()
 
 
-def wait_for(path, process):
+def test_ctrl_c_ends_at_once_with_one_line_and_the_same_command_goes_on(
+        launched, work, monkeypatch):
+    runs, endless, _ = launched
     end = time.time() + 300    # a busy machine may take long
-    while not path.exists():
-        assert process.poll() is None and time.time() < end, process.communicate()
+    while not (runs / "endless" / "s0-base.json").exists():
+        assert endless.poll() is None and time.time() < end, endless.communicate()
         time.sleep(0.01)
-
-
-def test_ctrl_c_ends_at_once_with_one_line(launched):
-    runs, processes = launched
-    wait_for(runs / "interrupted" / "s0-base.json", processes["interrupted"])
-    processes["interrupted"].send_signal(signal.SIGINT)
-    err = processes["interrupted"].communicate(timeout=60)[1]
-    assert processes["interrupted"].returncode == 1
+    endless.send_signal(signal.SIGINT)
+    _, err = endless.communicate(timeout=60)
+    assert endless.returncode == 1
     assert err == "\ninterrupted; the same command goes on from the finished jobs\n"
-
-
-def test_kill_9_and_the_same_command_goes_on_bitwise(launched, tmp_path, monkeypatch):
-    runs, processes = launched
-    wait_for(runs / "two" / "s0-base.json", processes["killed"])
-    processes["killed"].kill()
-    assert processes["killed"].wait(60) == -signal.SIGKILL
-    monkeypatch.setattr(ev, "report", lambda *args: None)
-    for out in (runs / "two", tmp_path):
-        clipsft.main([*SMOKE.split(), "--out_dir", str(out)])
-    for job in ("s0-base.json", "s0-sft.json"):
-        assert (runs / "two" / job).read_bytes() == (tmp_path / job).read_bytes()
+    monkeypatch.setattr(clipsft, "task_fingerprint", fingerprint.__wrapped__)
+    monkeypatch.setattr(clipsft, "finetune", lambda *args: [trained(1000000)])
+    clipsft.main([*ENDLESS.split(), "--out_dir", str(runs / "endless")])
+    assert work == []    # the base was there
 
 
 def test_under_the_profiler_a_reader_that_has_gone_does_not_end_the_work(launched):
-    runs, processes = launched
-    out, err = processes["head"].communicate(timeout=300)
-    assert processes["head"].returncode == 0, err
+    runs, _, head = launched
+    out, err = head.communicate(timeout=300)
+    assert (head.returncode, err) == (0, "")
     assert out.split() == ev.header().split()
-    assert (runs / "two" / "summary.png").read_bytes().startswith(b"\x89PNG")
-    assert {row["seed"] for row in ev.read_rows(runs / "two")} >= {1}
+    assert (runs / "head" / "summary.png").read_bytes().startswith(b"\x89PNG")

@@ -74,7 +74,7 @@ def test_every_word_is_one_token_and_comes_back():
     assert (data.EOS, data.PAD, data.N_VOCAB) == (127, 128, 129)
 
 
-@pytest.mark.parametrize("word", ["100", "7K", "<eos>", "\x00", "\U0001f600"])
+@pytest.mark.parametrize("word", ["100", "<eos>", "\x00", "\U0001f600"])
 def test_a_word_outside_the_vocabulary_is_named(word):
     with pytest.raises(ValueError) as error:
         data.encode(f"7 {word} K")

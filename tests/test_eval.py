@@ -142,21 +142,15 @@ def test_a_bin_without_tokens_has_no_norm(sure):
 
 
 # ---- statistics
-def test_mean_by_hand():
+def test_mean_and_interval_by_hand():
     assert ev.mean(x for x in (1, 2, 6)) == 3
     assert math.isnan(ev.mean([]))
-
-
-def test_interval_by_hand():
     # mean 2, s = 1, n = 3: t = 4.303 with two degrees of freedom
     assert ev.interval([1.0, 2.0, 3.0]) == near((2, 4.303 / math.sqrt(3)))
     assert ev.interval([0.0, 2.0], [5.0]) == near((1, 5))
     assert ev.interval([1.0]) == (1, math.inf)
-
-
-def test_many_seeds_take_the_last_t_of_the_table():
-    values = [0.0, 1.0] * 15
-    assert ev.interval(values)[1] == near(2.093 * statistics.stdev(values) / math.sqrt(30))
+    many = [0.0, 1.0] * 15    # beyond the table: its last t
+    assert ev.interval(many)[1] == near(2.093 * statistics.stdev(many) / math.sqrt(30))
 
 
 def coverage(x, df, n=20000):
@@ -233,11 +227,9 @@ def scored(monkeypatch):
 def test_accuracies_of_scripted_answers(scored):
     assert (scored["id"], scored["explained"], scored["prior"]) == (0.25, 0, 0.25)
     assert (scored["id_any"], scored["explained_any"]) == (0.5, 1)
-
-
-def test_halves_of_the_ood_set_are_told_apart_by_the_cards(scored):
     assert (scored["ood_a"], scored["ood_b"]) == (1, 0)
-    assert 0.3 < scored["ood"] < 0.7
+    first = ev.eval_sets(80, 5)["ood"][0]
+    assert scored["sample"] == f"{first.prompt} {answer('ood', 0, first)}"
 
 
 def test_shares_of_wrong_ood_answers_by_kind(scored):
@@ -247,11 +239,6 @@ def test_shares_of_wrong_ood_answers_by_kind(scored):
     assert len(set(found)) > 2    # not the same for all
     assert scored["ood"] + sum(found) == near(1)
     assert scored["ood_any"] == near(scored["ood"] + scored["ood_format"])    # terse and right
-
-
-def test_the_sample_is_a_problem_and_its_answer(scored):
-    first = ev.eval_sets(80, 5)["ood"][0]
-    assert scored["sample"] == f"{first.prompt} {answer('ood', 0, first)}"
 
 
 def test_entropy_on_own_samples_by_float64(tiny):
@@ -402,37 +389,25 @@ def test_a_line_of_the_table():
 
 
 def test_differences_are_paired_by_seed():
-    rows = made_up()
-    rows = [r for r in rows if (r["method"], r["seed"]) != ("sft", 0)]
+    rows = [r for r in made_up() if (r["method"], r["seed"]) != ("sft", 0)]
     rows.append(row(seed=2, method="clip", step=20, ood=99.0))
     found = ev.paired_differences(rows, "clip", "sft", ev.pick_end)
     assert found["ood"] == near([0.4])    # seed 1 alone has both: .8 - .4
 
 
-# at the end .2 and .4; RL's ends .9 - .8 and 1.3 - 1.0; 12.706 s / sqrt 2 = 12.706 * .1
-@pytest.mark.parametrize("where, numbers", [
-    ("at the end", ["2", "-0.030", "0.000", "+0.300", "1.271"]),
-    ("RL from 2", ["2", "+0.000", "0.000", "+0.200", "1.271"])])
-def test_compare_by_hand(where, numbers):
+def test_compare_by_hand():
     found = cells(ev.compare(made_up()), 40)
-    assert found[f"clip - sft, {where}"][:5] == numbers
-
-
-def test_compare_at_matched_id_by_hand():
+    # ood at the end .2 and .4; RL's ends .9 - .8 and 1.3 - 1.0; 12.706 s / sqrt 2 = 12.706 * .1
+    assert found["clip - sft, at the end"][:5] == ["2", "-0.030", "0.000", "+0.300", "1.271"]
+    assert found["clip - sft, RL from 2"][:5] == ["2", "+0.000", "0.000", "+0.200", "1.271"]
     # clip has .95 after 5/6 of the way from .7 to .6 and .8: .6167 and .7833; sft .6 and .6
-    found = cells(ev.compare(made_up()), 40)
     assert found["clip - sft, at ID .95"][3:5] == ["+0.100", "1.059"]
-
-
-def test_compare_at_matched_id_leaves_out_who_never_gets_there():
-    rows = [r | dict(id=0.9) if r["method"] == "clip" else r for r in made_up()]
-    assert list(cells(ev.compare(rows), 40))[1:] == ["clip - sft, at the end",
-                                                     "clip - sft, RL from 2"]
-
-
-def test_compare_of_one_seed_has_no_interval():
-    rows = [r for r in made_up() if r["seed"] == 0]
-    assert cells(ev.compare(rows), 40)["clip - sft, at the end"][:3] == ["1", "-0.030", "+0.200"]
+    never = [r | dict(id=0.9) if r["method"] == "clip" else r for r in made_up()]
+    assert list(cells(ev.compare(never), 40))[1:] == ["clip - sft, at the end",
+                                                      "clip - sft, RL from 2"]
+    one_seed = [r for r in made_up() if r["seed"] == 0]    # without an interval
+    found = cells(ev.compare(one_seed), 40)
+    assert found["clip - sft, at the end"][:3] == ["1", "-0.030", "+0.200"]
 
 
 def test_compare_has_clip_as_a_reference_too():
@@ -470,20 +445,16 @@ def no_constant(name):
     raise AssertionError(f"{name} is not JSON")
 
 
-def test_rows_come_in_the_order_of_their_seeds(tmp_path):
+def test_rows_come_in_the_order_of_their_seeds_and_null_is_nan(tmp_path):
     rows = [row(seed=seed, method=method) for seed in (2, 10) for method in ("base", "sft")]
     assert ev.read_rows(folder(tmp_path / "run", rows)) == rows
-
-
-def test_null_comes_back_as_nan(tmp_path):
-    run = folder(tmp_path / "run", [row(logp_low=None)])
+    run = folder(tmp_path / "null", [row(logp_low=None)])
     assert math.isnan(ev.read_rows(run)[0]["logp_low"])
 
 
-@pytest.mark.parametrize("value, written", [(math.nan, None), (math.inf, None), (-math.inf, None),
-                                            (0.5, 0.5), ("nan", "nan"), (3, 3)])
-def test_json_takes_none_for_what_is_not_finite(value, written):
-    assert ev.finite(value) == written
+def test_json_takes_none_for_what_is_not_finite():
+    assert [ev.finite(value) for value in (math.nan, math.inf, -math.inf)] == [None] * 3
+    assert [ev.finite(value) for value in (0.5, "nan", 3)] == [0.5, "nan", 3]
 
 
 def test_nan_is_not_written_and_the_file_of_before_stays(tmp_path):
@@ -512,22 +483,18 @@ def test_nothing_to_report_is_said_in_one_line(tmp_path, monkeypatch, rows):
         report_from_the_command_line(monkeypatch, run)
 
 
-def test_report_writes_metrics_without_nan(tmp_path, monkeypatch):
-    monkeypatch.setattr(ev, "figure", lambda rows, path: None)
-    run = folder(tmp_path / "run", made_up() + [row(step=30, logp_low=None)])
-    ev.report([run], lambda text: None)
+def test_eval_from_the_command_line_reports_and_writes_rows_and_a_figure(
+        tmp_path, monkeypatch, capsys):
+    rows = made_up() + [row(step=30, logp_low=math.nan)]
+    run = folder(tmp_path / "läufe 実験", [*rows[:-1], row(step=30, logp_low=None)])
+    report_from_the_command_line(monkeypatch, run)
+    assert (run / "summary.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert ev.summary(rows) in out and ev.samples(rows, 0) in out and ev.compare(rows) in out
     lines = (run / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line, parse_constant=no_constant) for line in lines]
     assert len(found) == 17
     assert [r["logp_low"] for r in found if "logp_low" in r] == [None]
-
-
-def test_eval_from_the_command_line_reports_with_a_figure(tmp_path, monkeypatch, capsys):
-    run = folder(tmp_path / "läufe 実験", made_up())
-    report_from_the_command_line(monkeypatch, run)
-    assert (run / "summary.png").read_bytes().startswith(b"\x89PNG")
-    out = capsys.readouterr().out
-    assert ev.summary(made_up()) in out and ev.compare(made_up()) in out
 
 
 def test_report_of_two_folders_pairs_them_by_seed_and_writes_nothing(tmp_path, monkeypatch):
@@ -540,7 +507,7 @@ def test_report_of_two_folders_pairs_them_by_seed_and_writes_nothing(tmp_path, m
     found = cells("\n".join(texts), 40)
     assert found["clip (tight) - clip, at the end"][:3] == ["1", "+0.000", "+0.100"]
     assert found["sft (tight) - sft, RL from 2"][:3] == ["1", "+0.000", "+0.100"]
-    assert cells("\n".join(texts), 32)["base"][-1] == "2"    # one base a seed
+    assert cells(texts[0].split("\n\n")[1], 32)["base"][-1] == "2"    # one base a seed
     assert not (run / "metrics.jsonl").exists()
 
 
