@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from dataclasses import fields, replace
 
 import pytest
 import torch
+from conftest import keyed
 
 import clipsft
 import data
@@ -29,11 +29,6 @@ SMALL = ("--n_layer 1 --n_head 2 --n_embd 16 --base_steps 6 --base_lr 1e-2 --bas
          "--old_every 3 --eps_high 0.05 --rl_from 4 --rl_steps 1 --rl_prompts 2 --rl_group 2 "
          "--eval_n 16").split()
 C = clipsft.read_flags(SMALL)
-
-
-def keyed(*key):
-    """The random numbers of a key, as model.generator promises them."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
 # ---- losses
@@ -101,10 +96,13 @@ def test_penalty_of_a_planar_rotation_by_hand(directions):
 
 def test_no_penalty_outside_the_leading_directions(directions):
     model, leading = directions
-    model.weight.data[2:] += 5
-    model.weight.data[:, :2] += 7
-    model.bias.data += 3
-    assert clipsft.rotation_penalty(model, leading).item() == near(0, abs=1e-9)
+    other = torch.nn.Linear(4, 4)
+    other.weight.data = model.weight.data.clone()
+    other.weight.data[2:] += 5
+    other.weight.data[:, :2] += 7
+    assert clipsft.rotation_penalty(other, leading).item() == near(0, abs=1e-9)
+    other.weight.data[1, 2] -= 3
+    assert clipsft.rotation_penalty(other, leading).item() == near(9)
 
 
 # ---- training
@@ -497,6 +495,8 @@ def test_a_changed_line_of_methods_is_refused_and_one_that_is_gone_passed_over(
     monkeypatch.delitem(clipsft.METHODS, "clip")
     go(tmp_path, "--methods sft")
     assert work == []
+    monkeypatch.setitem(clipsft.METHODS, "sft", dict(loss="sft", beta=9.0))
+    assert_refused(work, tmp_path, "--methods sft", r"s0-sft.json was made with --beta 0.5, now 9")
 
 
 def test_a_setting_that_an_old_file_does_not_have_is_refused(work, tmp_path):

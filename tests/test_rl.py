@@ -3,12 +3,11 @@ import copy
 import itertools
 import math
 import statistics
-import zlib
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import oracle
+from conftest import keyed, oracle
 from torch.distributions import Categorical, kl_divergence
 
 import data
@@ -17,10 +16,6 @@ from clipsft import Config
 from model import kl_exact
 
 C = Config(rl_prompts=4, rl_group=4, rl_updates=2, rl_steps=4, rl_lr=1e-3, temperature=1.3)
-
-
-def keyed(*key):
-    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
 @pytest.mark.parametrize("adv, ratio, value, slope", [    # slope: d value / d logp

@@ -151,7 +151,8 @@ def made_up(seed):
                  of(method, 16, id=0.96, prior=0.6 + up, **early),
                  of(method, 300, id=1, ood=0.5, ood_any=0.5 + up, prior=0.5 + up),
                  of(method, 1200, id=1, ood=0.3, ood_a=0.3, ood_b=0.3, ood_rule=0.6),
-                 of(method, 8, "rl", ood=0.6, ood_a=0.6), of(method, 1200, "rl", ood=0.45, ood_a=0.4)]
+                 of(method, 8, "rl", ood=0.6, ood_a=0.6),
+                 of(method, 1200, "rl", ood=0.45, ood_a=0.4)]
     return rows
 
 
