@@ -71,15 +71,15 @@ def row(method, step, ID, ood, stage="sft", seed=0, **others):
     return numbers | others
 
 
-CURVE = [row("sft", 4, 0.5, 0.4), row("sft", 8, 0.96, 0.8), row("sft", 12, 0.97, 0.9),
-         row("sft", 300, 0.95, 0.3), row("sft", 600, 0.94, 0.2)]
+CURVE = [row("sft", 4, 0.5, 0.4), row("sft", 6, 0.96, 0.6), row("sft", 8, 0.96, 0.8),
+         row("sft", 12, 0.97, 0.9), row("sft", 300, 0.95, 0.3), row("sft", 600, 0.94, 0.2)]
 ENDS = [row("sft", 4, 1, 0.6, "rl"), row("sft", 8, 1, 0.7, "rl", ood_a=0.2),
         row("sft", 12, 1, 0.1, "rl"), row("sft", 300, 1, 0.5, "rl", ood_a=0.9, zero_spread=0.25)]
 
 
 @pytest.mark.parametrize("pick, expected", [
     (claims.at_end, 0.2), (claims.at_step(8), 0.8), (claims.at_300, 0.3),
-    (claims.at_id(0.73), 0.6),                    # half of the way from .4 to .8
+    (claims.at_id(0.73), 0.5),                    # half of the way from .4 to .6
     (claims.at_peak, (0.8 + 0.9) / 2),            # step 12 by either half, seen on the other
     (claims.at_best_id, 0.9), (claims.start_at_id, 0.8), (claims.after_rl(4), 0.6),
     (claims.best_after_rl, 0.5),                  # picked on half a
