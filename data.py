@@ -125,7 +125,8 @@ def draw_id(rng, split, among=FACES):
 def draw_pair(rng, split):
     """An ID problem and its OOD twin: the same hand where J, Q, K are worth three different
     numbers. The hand holds a Q or a K (the first number of the rule alone does not do), the ID
-    rule's answer is wrong for the twin, and no sum exceeds 40, the largest that SFT trains."""
+    rule's answer is wrong for the twin, and no sum exceeds 40, the largest that SFT trains. (Of the
+    numbers up to 40 it trains all but 38, as a measurement of study/claims.py heeds.)"""
     while True:
         problem = draw_id(rng, split, ("Q", "K"))
         twin = problem._replace(rule=tuple(rng.sample(WORTHS, 3)))
@@ -200,7 +201,7 @@ class Verdict(NamedTuple):
     strict: bool    # three steps, every card once in any order, every sum and the total right
     any: bool       # the last number is right, in any format: arithmetic, not style
     error: str      # "" if strict, else of ERRORS the first that applies
-    partial: float  # (share of right steps + total right) / 2: the composite reward
+    partial: float  # (share of right steps + total right) / 2, whatever the cards: the composite
 
 
 def verify(problem, response):

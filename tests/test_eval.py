@@ -309,7 +309,7 @@ def test_clipped_shares_by_hand():
 def row(**changes):
     start = dict(seed=0, method="sft", stage="sft", step=1, id=0.5, ood=0.5, ood_a=0.5, ood_b=0.5,
                  ood_any=0.5, explained=0.5, prior=1.0, entropy=0.1, ood_rule=0.2,
-                 ood_values=0.1, ood_sums=0.1, ood_format=0.1, sample="S 10 ...")
+                 ood_values=0.1, ood_sums=0.1, ood_format=0.1, nll=0.5, sample="S 10 ...")
     return start | changes
 
 
@@ -510,11 +510,15 @@ def test_report_of_two_folders_pairs_them_by_seed_and_writes_nothing(tmp_path, m
 
 
 @pytest.fixture(scope="module")
-def panels():
+def panels(tmp_path_factory):
+    drawn = []
+
+    def save(fig, path, **options):
+        drawn.append(fig)
+        path.write_bytes(b"")
     with pytest.MonkeyPatch.context() as patch:
-        drawn = []
-        patch.setattr(matplotlib.figure.Figure, "savefig", lambda fig, *a, **k: drawn.append(fig))
-        ev.figure(made_up(), "summary.png")
+        patch.setattr(matplotlib.figure.Figure, "savefig", save)
+        ev.figure(made_up(), tmp_path_factory.mktemp("figure") / "summary.png")
     return drawn[0].axes
 
 
