@@ -8,6 +8,7 @@ and gradients. Below: averages over seeds, tables, the figure.
 """
 import argparse
 import functools
+import itertools
 import json
 import math
 import random
@@ -454,12 +455,12 @@ def draw_band(ax, steps, means, halves, **style):
 
 
 def draw_accuracy(ax, rows, key):
-    """An accuracy of each method over SFT updates; triangles: what RL makes of a checkpoint."""
-    for method in methods_of(rows):
+    """An accuracy of each method over SFT updates; large markers: what RL makes of a checkpoint."""
+    for method, marker in zip(methods_of(rows), itertools.cycle("^sDv")):
         color = draw_band(ax, *by_step(rows, method, "sft", key), marker=".", label=method)
         steps, means, _ = by_step(rows, method, "rl", key)
         if steps:
-            ax.plot(steps, means, "^", color=color, markersize=8, markeredgecolor="black",
+            ax.plot(steps, means, marker, color=color, markersize=8, markeredgecolor="black",
                     label=f"{method}, then RL")
 
 
@@ -487,8 +488,11 @@ def figure(rows, path):
     draw_accuracy(axes[3], rows, "prior")
     titles = ("ID: the rule of SFT", "OOD: the same hands, another rule", f"OOD answers of {first}",
               "prior abilities: M, R, D, C")
+    ticks = steps_of(rows, first, "sft")[::2]
     for ax, title in zip(axes, titles):
-        ax.set(title=title, xlabel="SFT updates", xscale="log", ylim=(0, 1.02))
+        ax.set(title=title, xlabel="SFT updates (log scale)", xscale="log", ylim=(0, 1.02))
+        ax.set_xticks(ticks, ticks)
+        ax.minorticks_off()
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy, greedy decoding")
     axes[0].legend(loc="lower right", frameon=False)

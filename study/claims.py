@@ -947,6 +947,7 @@ def trade_figure(rows, path):
             draw_values(ax, levels, columns, color=color, label=method, marker=".")
         ax.set(title=f"{title} at equal ID", xlabel="ID accuracy first reached",
                ylabel=f"{title}, accuracy", ylim=(0, 1.02))
+    right.set_xscale("log")
     for method in ("sft", "clip"):
         steps = ev.steps_of(rows, method, "rl")
         before = [values(rows, "ood", method, at_step(step)) for step in steps]
@@ -955,10 +956,13 @@ def trade_figure(rows, path):
                     label=f"{method}, before RL")
         draw_values(right, steps, after, color=colors[method], marker="^",
                     label=f"{method}, after RL")
-    right.set(title="OOD before and after RL", xscale="log", xlabel="SFT updates before RL",
+        right.set_xticks(steps, steps)
+    right.set(title="OOD before and after RL", xlabel="SFT updates before RL (log scale)",
               ylabel="OOD, accuracy", ylim=(0, 1.02))
+    right.minorticks_off()
+    left.legend(frameon=False, fontsize=8, loc="lower left")    # the same colours in the middle
+    right.legend(frameon=False, fontsize=8, loc="lower center")
     for ax in (left, middle, right):
-        ax.legend(frameon=False, fontsize=8, loc="lower left")
         ax.grid(alpha=0.25)
     fig.savefig(path, dpi=100)
 
