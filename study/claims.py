@@ -907,6 +907,16 @@ def methods_table(rows):
     return lines
 
 
+def answers(rows):
+    """-> lines of Markdown: one OOD problem of each seed, answered by the base, at SFT's peak, at its
+    end."""
+    lines = ["```"]
+    for seed in ev.seeds_of(rows):
+        of_sft = [row for row in rows if row["method"] in ("base", "sft")]
+        lines.append(ev.samples(of_sft, seed))
+    return [*lines, "```"]
+
+
 # ================================================================= figures
 def draw_values(ax, places, columns, **style):
     """A line through the means of columns, one value a seed each, with its 95 % band; only places
@@ -1029,7 +1039,7 @@ def main(argv=None):
         run_study(args)
     rows = read_lines(args.out / "rows.jsonl")
     claims = all_claims(rows, read_lines(args.out / "measured.jsonl"))
-    text = "\n".join([*claims_table(claims), "", *methods_table(rows)]) + "\n"
+    text = "\n".join([*claims_table(claims), "", *methods_table(rows), "", *answers(rows)]) + "\n"
     print(text)
     (args.out / "claims.md").write_text(text, encoding="utf-8")
     entries = [as_json(claim) for claim in claims]
