@@ -949,7 +949,7 @@ def trade_figure(rows, path):
     fig = Figure((13, 4.4), layout="tight")
     left, middle, right = fig.subplots(1, 3)
     colors = dict(zip(("sft", "clip", "sft-1e-4", "clip-1e-4", "sft-3e-5", "clip-3e-5"),
-                      ("#d1495b", "#2e86ab", "#e89aa4", "#8fc1da", "#a06a70", "#123f54")))
+                      ("#1f77b4", "#ff7f0e", "#7fb2da", "#ffb877", "#0b3c5d", "#a34f00")))
     levels = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
     for ax, key, title in ((left, "prior", "M, R, D, C"), (middle, "ood", "OOD")):
         for method, color in colors.items():
