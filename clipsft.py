@@ -246,7 +246,7 @@ class Config:
     rl_updates: int = 4             # updates a step, each on its share of the rollouts
     rl_eps_low: float = 0.2         # clip below: 1 - eps_low
     rl_eps_high: float = 0.28       # clip above: 1 + eps_high (DAPO's clip-higher)
-    reward: str = "strict"          # strict, composite or none, see rl.reward_of
+    reward: str = "strict"          # strict or composite, see rl.reward_of
     adv_scale: str = "std"          # divisor of the advantage: std (GRPO) or none (Dr. GRPO)
     kl_coef: float = 0.0            # weight of a KL
     kl_to: str = "start"            # to the policy that RL starts from (start) or to the base
@@ -278,8 +278,8 @@ METHODS = {
     "sft-few-3e-5": dict(loss="sft", demos=128, lr=3e-5),
     "clip-few-3e-5": dict(loss="clip", demos=128, lr=3e-5),
     # These differ from sft in the RL that follows.
-    "sft-kl-rl": dict(loss="sft", kl_coef=0.5, kl_to="base"),
-    "sft-kl-alone": dict(loss="sft", kl_coef=0.5, kl_to="base", reward="none"),
+    "sft-kl-rl": dict(loss="sft", kl_coef=0.05, kl_to="base"),
+    "sft-hot-rl": dict(loss="sft", temperature=1.5),
     "sft-composite": dict(loss="sft", reward="composite"),
 }
 PRESETS = {
@@ -289,7 +289,7 @@ PRESETS = {
                 base_batch=256, base_docs=100000, lr=1e-4, rl_lr=3e-5, device="cuda"),
 }
 CHOICES = dict(device=("cpu", "cuda"), dtype=("fp32", "bf16"), skip=("none", "low", "random"),
-               freeze=("none", "table"), reward=("strict", "composite", "none"),
+               freeze=("none", "table"), reward=("strict", "composite"),
                kl_to=("start", "base"),
                aggregate=("token", "sequence", "constant"), adv_scale=("std", "none"),
                methods=tuple(METHODS), rl_methods=tuple(METHODS))

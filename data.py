@@ -18,6 +18,7 @@ import itertools
 import random
 import re
 import zlib
+from collections import Counter
 from typing import NamedTuple
 
 import tiktoken
@@ -30,7 +31,7 @@ OPS = "SATEXGMRDC"    # sum: terse S A T, explained E X G; maximum, reverse, val
 CONNECTIVES = ("so", "then", "now", "next", "well", "hence", "thus", "and")
 WORTHS = (10, 12, 14, 16, 18)    # what a face card may be worth; the base knows every such rule
 ID_RULE = (10, 10, 10)
-ERRORS = ("format", "rule", "values", "sums")    # kinds of wrong answers, see verify
+ERRORS = ("format", "rule", "face", "values", "sums")    # kinds of wrong answers, see verify
 
 # Every word is one token, so every number 0..99 is: arithmetic on single tokens is learnt sooner
 # than on digits. Pad is never eos.
@@ -125,14 +126,14 @@ def draw_id(rng, split, among=FACES):
 def draw_pair(rng, split):
     """An ID problem and its OOD twin: the same hand where J, Q, K are worth three different
     numbers. The hand holds a Q or a K (the first number of the rule alone does not do), the ID
-    rule's answer is wrong for the twin, and no sum exceeds 40, the largest that SFT trains. (Of the
-    numbers up to 40 it trains all but 38, as a measurement of study/claims.py heeds.)"""
+    rule's answer is wrong for the twin, and no sum exceeds 37: SFT trains every number up to there
+    (of 38, 39, 40 not the first: both sets of ID values that add up to it are in the rl split)."""
     while True:
         problem = draw_id(rng, split, ("Q", "K"))
         twin = problem._replace(rule=tuple(rng.sample(WORTHS, 3)))
         id_sum = sum(problem.values)
         ood_sum = sum(twin.values)
-        if ood_sum != id_sum and ood_sum <= 40:
+        if ood_sum != id_sum and ood_sum <= 37:
             return problem, twin
 
 
@@ -201,14 +202,13 @@ class Verdict(NamedTuple):
     strict: bool    # three steps, every card once in any order, every sum and the total right
     any: bool       # the last number is right, in any format: arithmetic, not style
     error: str      # "" if strict, else of ERRORS the first that applies
-    partial: float  # (share of right steps + total right) / 2, whatever the cards: the composite
+    partial: float  # (share of right steps + right cards and total) / 2: the composite reward
 
 
 def verify(problem, response):
     """Verdict on a response text (without <eos>). Numbers are parsed, never evaluated. Errors:
-    format, not three steps and a total; rule, the four numbers are the hand's with one or more face
-    cards counted as under the ID rule; values, other numbers; sums, the right numbers added up
-    wrongly."""
+    format, not three steps and a total; rule, face, values, other numbers than the hand's, see
+    misreading; sums, the right numbers added up wrongly."""
     if problem.op in "MRDC":
         right = response == truth(problem)
         error = "" if right else "values"
@@ -221,24 +221,30 @@ def verify(problem, response):
     # a + b = ab , ab2 + c = abc , abc2 + d = abcd # total
     a, b, ab, ab2, c, abc, abc2, d, abcd, total = [int(number) for number in match.groups()]
     steps = [a + b == ab, ab == ab2 and ab2 + c == abc, abc == abc2 and abc2 + d == abcd]
-    right_steps = sum(steps)    # True counts 1
-    partial = (right_steps / 3 + total_right) / 2
-    used = sorted([a, b, c, d])
-    if used != sorted(problem.values):
-        error = "rule" if used in readings(problem) else "values"
+    used = [a, b, c, d]
+    cards_right = sorted(used) == sorted(problem.values)
+    if not cards_right:
+        error = misreading(problem, used)
     elif not all(steps) or abcd != total:
         error = "sums"
     else:
         error = ""
+    share = sum(steps) / 3    # True counts 1
+    partial = (share + (cards_right and total_right)) / 2
     return Verdict(strict=error == "", any=total_right, error=error, partial=partial)
 
 
-def readings(problem):
-    """The hand's numbers, sorted, if any of its face cards count as under the ID rule: a list of
-    lists."""
+def misreading(problem, used):
+    """What is wrong with the four numbers of an answer. rule: one or more face cards are counted as
+    under the ID rule, all else is right; face: one or more as anything else; values: a card that is
+    no face card is missing."""
     under_id_rule = problem._replace(rule=ID_RULE).values
-    either = list(zip(problem.values, under_id_rule))    # of each card both numbers
-    return [sorted(numbers) for numbers in itertools.product(*either)]
+    either = zip(problem.values, under_id_rule)    # of each card both numbers
+    readings = [sorted(numbers) for numbers in itertools.product(*either)]
+    if sorted(used) in readings:
+        return "rule"
+    plain = Counter(int(card) for card in problem.hand if card not in FACES)
+    return "face" if plain <= Counter(used) else "values"
 
 
 def batch(pairs):

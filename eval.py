@@ -41,8 +41,9 @@ def eval_sets(n, seed):
 def accuracies(model, n, seed):
     """Greedy accuracies in [0, 1] on the sets of eval_sets: strict (id, ood, explained, prior), of
     the last number in any format (id_any, ...), and on the two halves of the OOD set (ood_a, ood_b,
-    which share no hand). ood_format, ood_rule, ood_values, ood_sums: the shares of OOD answers that
-    are wrong in this way (data.verify); with ood they add up to 1. sample: one OOD answer."""
+    which share no hand). ood_format, ood_rule, ood_face, ood_values, ood_sums: the shares of OOD
+    answers that are wrong in this way (data.verify); with ood they add up to 1. ood_unread: rule
+    and face, a face card is not read as the rule says. sample: one OOD answer."""
     row = {}
     for name, problems in eval_sets(n, seed).items():
         texts, _, _ = respond(model, problems)
@@ -55,6 +56,7 @@ def accuracies(model, n, seed):
             row["ood_b"] = mean(v.strict for v, h in zip(verdicts, half) if h == 1)
             for error in data.ERRORS:
                 row[f"ood_{error}"] = mean(verdict.error == error for verdict in verdicts)
+            row["ood_unread"] = row["ood_rule"] + row["ood_face"]
             row["sample"] = f"{problems[0].prompt} {texts[0]}"
     return row
 
@@ -233,12 +235,12 @@ def between(row, other, share):
 
 # ================================================================= below: what it takes to report
 # A row: seed, method, stage (base, sft, rl), step (SFT updates; of rl those before RL), numbers.
-COLUMNS = dict(id="ID", ood="OOD", ood_rule="unread", ood_any="OOD any", explained="explain",
+COLUMNS = dict(id="ID", ood="OOD", ood_unread="unread", ood_any="OOD any", explained="explain",
                prior="M R D C", entropy="entropy", clip_frac="clipped")
 LEGEND = """accuracies, greedy:
     ID        the task of SFT
     OOD       the same hands under another rule; OOD any: its last number alone
-    unread    of OOD, the share of answers that count a face card as in SFT
+    unread    of OOD, the share of answers in which a face card does not count what the rule says
     explain   the OOD problems asked by E; M R D C: the other abilities
 entropy: nats a token; clipped: the share of tokens past the bound in the last K updates (after RL:
 in its last ten steps)"""
@@ -466,10 +468,11 @@ def draw_accuracy(ax, rows, key):
 
 def draw_errors(ax, rows, method):
     """Of a method's OOD answers the shares that are right and wrong in each way, stacked."""
-    labels = dict(ood="right", ood_rule="rule not read: a face card counted as in SFT",
-                  ood_values="other wrong numbers", ood_sums="wrong sums",
+    labels = dict(ood="right", ood_rule="rule not read: a face card counts 10",
+                  ood_face="rule not read: a face card counts else",
+                  ood_values="another card is wrong", ood_sums="wrong sums",
                   ood_format="not in the format")
-    colors = ("#d5e8d4", "#d1495b", "#edae49", "#8d96a3", "#3a3a3a")
+    colors = ("#d5e8d4", "#d1495b", "#eb9a9f", "#edae49", "#8d96a3", "#3a3a3a")
     shares = [by_step(rows, method, "sft", key)[1] for key in labels]
     ax.stackplot(steps_of(rows, method, "sft"), shares, labels=labels.values(), colors=colors)
 

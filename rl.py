@@ -89,15 +89,13 @@ def respond(model, problems, n=1, temperature=0.0, noise=None):
 
 
 def reward_of(verdict, kind):
-    """strict: 1 if all is right, else 0; composite: (share of right steps + total right) / 2; none:
-    0, so that only a KL acts (the control of a KL that heals by itself)."""
+    """strict: 1 if all is right, else 0; composite: for each right step and for the right cards and
+    total a part of 1 (data.Verdict)."""
     if kind == "strict":
         return float(verdict.strict)
     if kind == "composite":
         return verdict.partial
-    if kind == "none":
-        return 0.0
-    raise ValueError(f"a reward is 'strict', 'composite' or 'none', not {kind!r}")
+    raise ValueError(f"a reward is 'strict' or 'composite', not {kind!r}")
 
 
 def rollout(model, c, step, seed):

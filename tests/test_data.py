@@ -138,7 +138,7 @@ def test_a_pair_is_one_hand_with_q_or_k_under_the_id_rule_and_under_three_other_
 def test_the_answers_of_a_pair_differ_and_stay_within_what_sft_trains(pairs):
     sums = [(sum(problem.values), sum(twin.values)) for problem, twin in pairs]
     assert all(asked != other for asked, other in sums)
-    assert max(other for _, other in sums) == 40    # it may be reached
+    assert max(other for _, other in sums) == 37    # it may be reached
 
 
 # ---- styles and what is trained
@@ -204,13 +204,6 @@ def test_every_other_demonstration_has_a_face_card_and_the_rest_any_rule(demonst
         assert Counter(worths) == near(dict.fromkeys(WORTHS, 100), abs=40)
 
 
-def test_no_number_above_40_is_trained_nor_needed_by_an_ood_answer(demonstrations, pairs):
-    trained = [number for _, response in demonstrations for number in numbers_of(response)]
-    needed = [number for _, twin in pairs for number in numbers_of(data.chain(twin.values))]
-    assert max(trained) == max(needed) == 40
-
-
-@pytest.mark.xfail(strict=True, reason="38: both sets of values of that sum are of the rl split")
 def test_sft_trains_every_number_that_an_ood_answer_needs(pairs):
     _, answers = zip(*read_demonstrations(4096, 3))
     needed = {number for _, twin in pairs for number in numbers_of(data.chain(twin.values))}
@@ -236,9 +229,11 @@ def test_demonstrations_have_connectives_at_the_rate_asked_for(given, rate):
     ("12 + 10 = 22 , 22 + 7 = 29 , 29 + 3 = 32 # 32", "rule", 0, 1 / 2),       # Q not read
     ("14 + 10 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 34", "rule", 0, 1 / 2),       # J not read
     ("10 + 10 = 21 , 21 + 7 = 28 , 28 + 3 = 31 # 31", "rule", 0, 1 / 3),       # and a wrong sum
-    ("10 + 10 = 20 , 20 + 7 = 27 , 27 + 3 = 30 # 36", "rule", 1, 1),
-    ("14 + 14 = 28 , 28 + 5 = 33 , 33 + 3 = 36 # 36", "values", 1, 1),         # other cards
-    ("12 + 12 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 34", "values", 0, 1 / 2),     # J for Q
+    ("10 + 10 = 20 , 20 + 7 = 27 , 27 + 3 = 30 # 36", "rule", 1, 1 / 2),
+    ("14 + 14 = 28 , 28 + 5 = 33 , 33 + 3 = 36 # 36", "values", 1, 1 / 2),     # 5 for 7
+    ("12 + 12 = 24 , 24 + 7 = 31 , 31 + 3 = 34 # 34", "face", 0, 1 / 2),       # J for Q
+    ("7 + 7 = 14 , 14 + 7 = 21 , 21 + 3 = 24 # 24", "face", 0, 1 / 2),         # no face card read
+    ("14 + 12 = 26 , 26 + 3 = 29 , 29 + 3 = 32 # 32", "values", 0, 1 / 2),     # 3 twice, no 7
     ("10 + 10 = 20 , 20 + 7 = 27 , 27 + 4 = 31 # 31", "values", 0, 1 / 2),
     ("14 + 12 = 26 , 26 + 7 = 33 , 33 + 3 = 36 # 37", "sums", 0, 1 / 2),       # wrong total
     ("14 + 12 = 26 , 26 + 7 = 33 , 33 + 3 = 37 # 36", "sums", 1, 5 / 6),       # wrong third sum

@@ -193,6 +193,7 @@ def wrong(error, problem):
     right = data.chain(problem.values)
     return dict(format=data.terse(problem.values), values=data.chain([1, 1, 1, 1]),
                 rule=data.chain(problem._replace(rule=(10, 10, 10)).values),
+                face=data.chain(problem._replace(rule=(1, 1, 1)).values),
                 sums=right.rsplit(" ", 1)[0] + " 99")[error]
 
 
@@ -202,13 +203,13 @@ def answer(name, i, problem):
     if name == "id":
         return [right, data.terse(problem.values), f"{right} 0", ""][i % 4]
     if name == "ood":
-        return right if half_of(problem) == 0 else wrong(ERRORS[i % 4], problem)
+        return right if half_of(problem) == 0 else wrong(ERRORS[i % 5], problem)
     if name == "explained":
         return data.terse(problem.values)
     return str(max(problem.values)) if problem.op == "M" else "0"
 
 
-ERRORS = ("format", "rule", "values", "sums")
+ERRORS = ("format", "rule", "face", "values", "sums")
 
 
 @pytest.fixture
@@ -232,9 +233,10 @@ def test_accuracies_of_scripted_answers(scored):
 
 
 def test_shares_of_wrong_ood_answers_by_kind(scored):
-    turns = [i % 4 for i, problem in enumerate(ev.eval_sets(80, 5)["ood"]) if half_of(problem)]
+    turns = [i % 5 for i, problem in enumerate(ev.eval_sets(80, 5)["ood"]) if half_of(problem)]
     found = [scored[f"ood_{error}"] for error in ERRORS]
-    assert found == near([turns.count(turn) / 80 for turn in range(4)])
+    assert found == near([turns.count(turn) / 80 for turn in range(5)])
+    assert scored["ood_unread"] == near((turns.count(1) + turns.count(2)) / 80)
     assert len(set(found)) > 2    # not the same for all
     assert scored["ood"] + sum(found) == near(1)
     assert scored["ood_any"] == near(scored["ood"] + scored["ood_format"])    # terse and right
@@ -308,7 +310,8 @@ def test_clipped_shares_by_hand():
 # ---- rows
 def row(**changes):
     start = dict(seed=0, method="sft", stage="sft", step=1, id=0.5, ood=0.5, ood_a=0.5, ood_b=0.5,
-                 ood_any=0.5, explained=0.5, prior=1.0, entropy=0.1, ood_rule=0.2,
+                 ood_any=0.5, explained=0.5, prior=1.0, entropy=0.1, ood_rule=0.15,
+                 ood_face=0.05, ood_unread=0.2,
                  ood_values=0.1, ood_sums=0.1, ood_format=0.1, nll=0.5, sample="S 10 ...")
     return start | changes
 
@@ -532,7 +535,7 @@ def test_the_figure_draws_means_and_what_rl_makes_of_them(panels):
 
 
 def test_the_figure_stacks_the_ood_errors_of_sft(panels):
-    """At step 20: .4 right, then .2 unread, .1 other numbers, .1 sums, .1 format."""
+    """At step 20: .4 right, then .15 and .05 unread, .1 other cards, .1 sums, .1 format."""
     tops = [area.get_paths()[0].vertices for area in panels[2].collections]
     heights = [max(y for x, y in vertices if x == 20) for vertices in tops]
-    assert heights == near([0.4, 0.6, 0.7, 0.8, 0.9])
+    assert heights == near([0.4, 0.55, 0.6, 0.7, 0.8, 0.9])

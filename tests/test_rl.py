@@ -65,12 +65,12 @@ def test_a_spread_of_rounding_is_none():
     assert rl.group_advantage(rewards)[0].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("kind, reward", [("strict", 0), ("composite", 5 / 6), ("none", 0)])
+@pytest.mark.parametrize("kind, reward", [("strict", 0), ("composite", 5 / 6)])
 def test_rewards_by_hand(kind, reward):
     almost = data.Verdict(strict=False, any=True, error="sums", partial=5 / 6)
     right = data.Verdict(strict=True, any=True, error="", partial=1.0)
     assert rl.reward_of(almost, kind) == reward
-    assert rl.reward_of(right, kind) == (0 if kind == "none" else 1)
+    assert rl.reward_of(right, kind) == 1
 
 
 @pytest.mark.parametrize("how, budget, mean", [
@@ -143,7 +143,7 @@ def test_each_problem_is_answered_n_times_without_eos(policy, monkeypatch):
     assert 0 < (ids == data.EOS).any(1).sum() < 12
 
 
-@pytest.mark.parametrize("reward, worth", [("strict", 1), ("composite", 0.25), ("none", 0)])
+@pytest.mark.parametrize("reward, worth", [("strict", 1), ("composite", 0.25)])
 def test_a_rollout_asks_id_problems_of_the_rl_split_and_rewards_them(
         policy, monkeypatch, reward, worth):
     asked = []
@@ -161,7 +161,7 @@ def test_a_rollout_asks_id_problems_of_the_rl_split_and_rewards_them(
     said = [data.decode(row[row_mask].tolist()) for row, row_mask in zip(ids, mask)]
     expected = [worth * ("2" in text) for text in said]
     assert rewards.flatten().tolist() == expected
-    assert len(set(expected)) == (1 if reward == "none" else 2)
+    assert len(set(expected)) == 2
 
 
 def test_seed_and_step_choose_the_problems_and_the_sample(policy):
@@ -311,7 +311,7 @@ def test_without_a_reward_a_kl_to_the_base_goes_there_and_one_to_the_start_stays
     base = copy.deepcopy(policy)
     for p in base.parameters():
         p.data += 0.1 * torch.randn(p.shape, generator=keyed("base"))
-    c = replace(C, rl_steps=12, kl_coef=1.0, kl_to=kl_to, reward="none", rl_lr=2e-3)
+    c = replace(C, rl_steps=12, kl_coef=1.0, kl_to=kl_to, rl_lr=2e-3)
     ids, _, _ = rl.rollout(policy, c, 0, 9)
 
     def distance():
