@@ -112,15 +112,15 @@ def rollout(model, c, step, seed):
     return ids, mask, torch.tensor(rewards).view(c.rl_prompts, c.rl_group)
 
 
-def grpo_step(model, opt, c, step, seed, ref):
+def grpo_step(model, opt, c, step, seed, ref, sample=rollout):
     """One rollout and c.rl_updates updates of `model` in place. ref: the policy that the KL is to.
-    -> dict of statistics."""
-    ids, mask, rewards = rollout(model, c, step, seed)
+    sample: a rollout, on another task than the cards if need be. -> dict of statistics."""
+    ids, mask, rewards = sample(model, c, step, seed)
     spread = has_spread(rewards)                                             # (P,)
     adv = group_advantage(rewards, c.adv_scale)                              # (P, G)
     stats = dict(reward=rewards.mean().item(), clip_frac=0.0,
                  zero_spread=(~spread).float().mean().item(),
-                 truncated=1 - (ids == data.EOS).any(1).float().mean().item())
+                 length=mask.sum(1).float().mean().item())
     if c.kl_coef == 0:
         # Groups without spread have no gradient: they are left out, and the means below are over
         # the rows that are left (DAPO's filter; it also refills the batch). A KL acts on all rows.
@@ -155,11 +155,12 @@ def grpo_step(model, opt, c, step, seed, ref):
     return stats
 
 
-def grpo(model, base, c, seed):
-    """Run GRPO on `model` in place: yields statistics after each of c.rl_steps steps."""
+def grpo(model, base, c, seed, sample=rollout):
+    """Run GRPO on `model` in place: yields statistics after each of c.rl_steps steps. sample as in
+    grpo_step."""
     opt = adamw(model, c.rl_lr)
     ref = base    # of the KL, if there is one
     if c.kl_coef > 0 and c.kl_to == "start":
         ref = copy.deepcopy(model).requires_grad_(False)
     for step in range(c.rl_steps):
-        yield grpo_step(model, opt, c, step, seed, ref)
+        yield grpo_step(model, opt, c, step, seed, ref, sample)

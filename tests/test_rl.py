@@ -2,6 +2,7 @@
 import copy
 import itertools
 import math
+import random
 import statistics
 from dataclasses import replace
 
@@ -207,8 +208,8 @@ def plain_mean(c, gains):
 
 
 def plain_step(model, ref, c, step, sizes, lr):
-    """Updates of `model` on so many rows each, by SGD -> the shares of clipped
-    tokens and of endless responses."""
+    """Updates of `model` on so many rows each, by SGD -> the share of clipped
+    tokens, the mean length of responses."""
     ids, mask, _ = rl.rollout(model, c, step, 3)
     adv = plain_advantages(c)
     old_logp = oracle(model, ids, 1.3).tolist()
@@ -227,8 +228,8 @@ def plain_step(model, ref, c, step, sizes, lr):
         norm = math.sqrt(sum(slope.pow(2).sum() for slope in slopes))
         for p, slope in zip(model.parameters(), slopes):
             p.data += lr * slope / max(1, norm)
-    endless = sum(data.EOS not in row for row in ids.tolist())
-    return sum(was_clipped) / len(was_clipped), endless / len(ids)
+    lengths = [sum(row) for row in mask.tolist()]
+    return sum(was_clipped) / len(was_clipped), sum(lengths) / len(ids)
 
 
 @pytest.mark.parametrize("aggregate, scale, kl, step, sizes, lr", [    # a fifth more each step to 1
@@ -243,13 +244,12 @@ def test_a_step_is_that_of_plain_loops(policy, monkeypatch, aggregate, scale, kl
     for p in ref.parameters():
         p.data += 0.05 * torch.randn(p.shape, generator=keyed("ref"))
     stats = rl.grpo_step(policy, torch.optim.SGD(policy.parameters(), 9.0), c, step, 3, ref)
-    clip_frac, endless = plain_step(plain, ref, c, step, sizes, lr)
+    clip_frac, length = plain_step(plain, ref, c, step, sizes, lr)
     for p, expected in zip(policy.parameters(), plain.parameters()):
         assert torch.allclose(p, expected, atol=1e-5)
     assert 0 < clip_frac < 1
-    assert 0 < endless < 1
     assert stats == pytest.approx(dict(reward=11 / 24, zero_spread=2 / 6, clip_frac=clip_frac,
-                                       truncated=endless))
+                                       length=length))
 
 
 @pytest.mark.parametrize("kl, n_updates", [(0.0, 0), (0.1, 2)])
@@ -326,3 +326,22 @@ def test_without_a_reward_a_kl_to_the_base_goes_there_and_one_to_the_start_stays
     else:
         assert distance() == pytest.approx(before, rel=0.1)
     assert all(map(torch.equal, base.parameters(), kept.parameters()))
+
+
+def test_another_rollout_is_another_task(policy):
+    """Every response that begins with the word 7 is rewarded: it becomes likely."""
+    prompts = torch.tensor([data.encode(data.draw_id(random.Random(0), "rl").prompt)] * 4)
+    seven = data.encode("7")[0]
+
+    def sample(model, c, step, seed):
+        ids, mask = model.generate(prompts, 4, data.EOS, data.PAD, c.rl_group, 1.0, keyed(step))
+        return ids, mask, (ids[:, 10] == seven).float().view(4, c.rl_group).cpu()
+
+    def likely():
+        with torch.no_grad():
+            return policy(prompts[:1])[0, -1].softmax(-1)[seven].item()
+    before = likely()
+    c = replace(C, rl_steps=20, rl_group=16, rl_lr=3e-3, temperature=1.0)
+    stats = list(rl.grpo(policy, None, c, 0, sample))
+    assert stats[-1]["reward"] > 2 * max(before, 0.01)
+    assert likely() > 10 * before
