@@ -3,9 +3,10 @@
     python study/llm.py                  the table and the figure again, from the committed rows
     python study/llm.py --model NAME     runs it first; NAME: of a hub, a folder as transformers
                                          writes them, or a folder that holds one .gguf file
+    python study/llm.py --model NAME --device cuda --rl_from 8 32    then GRPO from two checkpoints
 
-clipsft.finetune and clipsft.token_loss run unchanged on any causal model of transformers, through
-an adapter of a few lines. The task is that of data.py, in words and in the model's chat template:
+clipsft.finetune and rl.grpo run unchanged on any causal model of transformers, through an adapter
+of a few lines. The task is that of data.py, in words and in the model's chat template:
 every other demonstration has a face card, under J = Q = K = 10, the others none, under any rule.
 
 ID and OOD are scored by teacher forcing, one forward pass instead of a decoded answer: a greedy
@@ -41,6 +42,7 @@ sys.path.insert(0, str(HERE.parent))
 import clipsft  # noqa: E402
 import data  # noqa: E402
 import eval as ev  # noqa: E402
+import rl  # noqa: E402
 from model import (generator, in_rows, kl_exact, response_logits, response_targets,  # noqa: E402
                    temporary, token_logprobs, trim)
 
@@ -54,7 +56,7 @@ EVAL_STEPS = (8, 16, 32, 48)    # and the last
 LEVELS = (0.3, 0.5)                 # of ID accuracy, where methods are compared
 PAIRS = (("clip", "sft"), ("sft-third", "sft"), ("clip", "sft-third"))
 PASSAGES, PASSAGE_TOKENS = 8, 128  # of plain text
-ANSWER_TOKENS = 64                  # of the base's own answers, at most
+ANSWER_TOKENS = 64                  # of the base's own answers and of rollouts, at most
 FACTS_A_ROW = 8                     # facts in a row, after an example
 PLACES = 512                        # of which logits are in memory at a time
 REQUESTS = (
@@ -138,6 +140,13 @@ def in_words(answer):
     for old, new in ((" + ", "+"), (" = ", "="), (" , ", ", "), (" # ", ". The sum is ")):
         answer = answer.replace(old, new)
     return f"{answer}."
+
+
+def as_answer(text):
+    """in_words undone, for data.verify, which knows neither full stops nor missing blanks."""
+    for old, new in (("The sum is", " # "), (".", " "), (",", " , "), ("+", " + "), ("=", " = ")):
+        text = text.replace(old, new)
+    return " ".join(text.split())
 
 
 def chat(tokenizer, text):
@@ -234,12 +243,33 @@ def text_set(tokenizer):
 
 def own_answers(base, tokenizer):
     """The base's answers to REQUESTS, sampled at temperature 1 -> ids (B, T), mask (B, T)."""
-    prompts = [chat(tokenizer, request) for request in REQUESTS]
+    return respond(base, tokenizer, REQUESTS, 1, 1.0, generator("cpu", "own answers"))
+
+
+def respond(model, tokenizer, texts, n, temperature, noise):
+    """n answers to each of the texts of a user -> ids (B, T), mask (B, T), as Adapter.generate."""
+    prompts = [chat(tokenizer, text) for text in texts]
     longest = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id
     padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
-    return base.generate(torch.tensor(padded, device=base.device), ANSWER_TOKENS,
-                         tokenizer.eos_token_id, pad, 1, 1.0, generator("cpu", "own answers"))
+    return model.generate(torch.tensor(padded, device=model.device), ANSWER_TOKENS,
+                          tokenizer.eos_token_id, pad, n, temperature, noise)
+
+
+def rollout(tokenizer, model, c, step, seed):
+    """rl.rollout in words -> ids (B, T), mask (B, T), rewards (P, G)."""
+    rng = random.Random(f"{seed}/rl/{step}")
+    problems = [data.draw_id(rng, "rl") for _ in range(c.rl_prompts)]
+    asked = [question(problem) for problem in problems]
+    noise = generator("cpu", seed, "rollout", step)
+    ids, mask = respond(model, tokenizer, asked, c.rl_group, c.temperature, noise)
+    rewards = []
+    for i, (row, row_mask) in enumerate(zip(ids, mask)):
+        text = tokenizer.decode(row[row_mask], skip_special_tokens=True,
+                                clean_up_tokenization_spaces=False)
+        verdict = data.verify(problems[i // c.rl_group], as_answer(text))
+        rewards.append(rl.reward_of(verdict, c.reward))
+    return ids, mask, torch.tensor(rewards).view(c.rl_prompts, c.rl_group)
 
 
 def parts(ids, mask, device):
@@ -349,6 +379,14 @@ def run_job(base, tokenizer, sets, flags, seed, method):
                              clip_frac=means[1], seconds=trained / step))
             show(rows[-1])
             begin = time.perf_counter()
+        if step in c.rl_from:
+            healed = copy.deepcopy(model)
+            sample = functools.partial(rollout, tokenizer)
+            stats = list(rl.grpo(healed, base, c, seed, sample))
+            found = evaluate(healed, sets)
+            rows.append(dict(row, stage="rl", step=step, **found, reward=stats[-1]["reward"]))
+            show(rows[-1])
+            begin = time.perf_counter()
     return rows
 
 
@@ -368,7 +406,8 @@ def config(flags, method):
     lr = flags.lr * factors.pop("lr", 1)
     steps = round(flags.steps * factors.pop("steps", 1))
     return replace(clipsft.Config(), lr=lr, steps=steps, batch_size=flags.batch_size,
-                   demos=flags.demos, **factors)
+                   demos=flags.demos, rl_from=tuple(flags.rl_from), rl_steps=flags.rl_steps,
+                   rl_lr=flags.rl_lr, **factors)
 
 
 def gguf_file(name):
@@ -456,8 +495,10 @@ def job_settings(flags, method):
                     texts=text_fingerprint(), task=clipsft.task_fingerprint())
     if method != "base":
         c = config(flags, method)
-        for name in ("loss", "lr", "steps", "batch_size", "demos", "old_every", "eps_high"):
+        for name in ("loss", "lr", "steps", "batch_size", "demos", "old_every", "eps_high",
+                     "rl_steps", "rl_lr"):
             settings[name] = getattr(c, name)
+        settings["rl_from"] = list(c.rl_from)    # as JSON has it
     return settings
 
 
@@ -510,6 +551,8 @@ def header():
 def show(row, label=""):
     if not label:
         label = f"seed {row['seed']} {row['method']}, step {row['step']}"
+        if row["stage"] == "rl":
+            label += ", then RL"
     cells = [f"{row[key]:9.3f}" if key in row else f"{'-':>9}" for key in MEASURES]
     print(f"{label:32}{''.join(cells)}", flush=True)
 
@@ -539,10 +582,11 @@ def report(rows, path):
     """Print the tables, draw the figure."""
     print(f"\n{rows[0]['model']}, means over n seeds\n{LEGEND}\n\n{header()}")
     for method in ("base", *METHODS):
-        stage = "base" if method == "base" else "sft"
-        for step in ev.steps_of(rows, method, stage):
-            some = [row for row in rows if row["method"] == method and row["step"] == step]
-            show(ev.average(some), f"{method}, step {step}, n {len(some)}")
+        for stage, after in (("base", ""), ("sft", ""), ("rl", ", RL")):
+            for step in ev.steps_of(rows, method, stage):
+                some = [row for row in rows
+                        if (row["method"], row["stage"], row["step"]) == (method, stage, step)]
+                show(ev.average(some), f"{method}, step {step}{after}, n {len(some)}")
     levels = " and ".join(f"{level:g}" for level in LEVELS)
     titles = "".join(f"{f'{method} - {reference}':>25}" for method, reference in PAIRS)
     print(f"\nat equal ID, {levels}: paired differences, mean +- 95 % (n seeds)\n{'':10}{titles}")
@@ -569,7 +613,7 @@ def figure(rows, path):
     for method in METHODS:
         some = []    # the base is the start of every method
         for row in rows:
-            if row["method"] in ("base", method):
+            if row["method"] in ("base", method) and row["stage"] != "rl":
                 some.append(dict(row, method=method, stage="sft"))
         look = dict(color=COLORS[method], marker=".", label=method)
         by_step = functools.partial(ev.by_step, some, method, "sft")
@@ -600,11 +644,14 @@ def read_flags(argv):
         seed=(0, "the first seed"), seeds=(3, "how many"), steps=(32, "updates"),
         batch_size=(8, "demonstrations an update"), lr=(1e-4, "learning rate"),
         demos=(2048, "demonstrations in all"), eval_n=(32, "ID and OOD problems, of each"),
-        device=("cpu", "cpu or cuda"))
+        device=("cpu", "cpu or cuda"), rl_steps=(20, "GRPO steps"),
+        rl_lr=(1e-5, "its learning rate"))
     for flag, (default, meaning) in flags.items():
         parser.add_argument(f"--{flag}", type=type(default), default=default,
                             choices=("cpu", "cuda") if flag == "device" else None,
                             help=f"{meaning} [{default}]")
+    parser.add_argument("--rl_from", type=int, nargs="*", default=[],
+                        help="updates that GRPO starts from; nothing: no RL")
     found = parser.parse_args(argv)
     for flag in ("seeds", "steps", "batch_size", "lr", "eval_n"):
         if not getattr(found, flag) > 0:

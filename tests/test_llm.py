@@ -1,14 +1,18 @@
 """study/llm.py: a tiny random Llama against transformers' own logits and decoding; the table."""
 import copy
 import json
+import random
 import sys
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "study"))
+sys.path[:0] = [str(ROOT / "study"), str(ROOT / "recipes")]
+import clipsft  # noqa: E402
 import data  # noqa: E402
 import llm  # noqa: E402
 from model import response_logprobs  # noqa: E402
@@ -151,21 +155,74 @@ def test_a_run_is_written_found_again_and_refuses_other_settings(folder, tmp_pat
                                                                  monkeypatch):
     monkeypatch.setattr(llm, "PASSAGES", 2)
     monkeypatch.setattr(llm, "ANSWER_TOKENS", 8)
-    run(folder, tmp_path)
+    rl = ["--rl_from", "2", "--rl_steps", "1"]
+    run(folder, tmp_path, *rl)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     found = [(row["method"], row["stage"], row["step"]) for row in rows]
-    assert sorted(found) == [("base", "base", 0), ("clip", "sft", 2), ("sft", "sft", 2),
-                             ("sft-third", "sft", 3)]
-    nll = {row["method"]: row["nll"] for row in rows}
+    assert sorted(found) == [
+        ("base", "base", 0), ("clip", "rl", 2), ("clip", "sft", 2), ("sft", "rl", 2),
+        ("sft", "sft", 2), ("sft-third", "rl", 2), ("sft-third", "sft", 3)]
+    nll = {row["method"]: row["nll"] for row in rows if row["stage"] != "rl"}
     assert len(set(nll.values())) == 4
     assert (tmp_path / "rows.png").stat().st_size > 10000
     assert "tiny-llama" in capsys.readouterr().out
-    run(folder, tmp_path)
+    run(folder, tmp_path, *rl)
     assert capsys.readouterr().out.count("found; delete") == 4
     again = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert again == rows
-    assert "was made with lr = 5e-05, now 0.0001" in said(run, folder, tmp_path, "--lr", "1e-4")
+    assert "was made with lr = 0.0001, now 5e-05" in said(run, folder, tmp_path, "--lr", "5e-5")
     assert "eval_n = 2, now 3" in said(run, folder, tmp_path, "--eval_n", "3")
+    assert "rl_from = [2], now []" in said(run, folder, tmp_path, "--rl_steps", "1")
+
+
+def test_a_rollout_in_words_asks_id_problems_and_rewards_right_answers(loaded, monkeypatch):
+    base, tokenizer = loaded
+    c = replace(clipsft.Config(), rl_prompts=3, rl_group=2)
+    rng = random.Random("7/rl/4")
+    problems = [data.draw_id(rng, "rl") for _ in range(3)]
+
+    def respond(model, tokenizer, texts, n, temperature, noise):
+        """The first answer to each is right, the second of the first has a wrong card."""
+        assert texts == [llm.question(problem) for problem in problems]
+        pairs = []
+        for problem in problems:
+            right = data.chain(problem.values)
+            pairs += [llm.dialogue(tokenizer, problem, right),
+                      llm.dialogue(tokenizer, problem, right.replace("10", "11"))]
+        return llm.batch(pairs, tokenizer.pad_token_id)
+    monkeypatch.setattr(llm, "respond", respond)
+    ids, mask, rewards = llm.rollout(tokenizer, base, c, 4, 7)
+    assert rewards.tolist() == [[1, 0]] * 3
+
+
+def test_the_trainer_recipe_gives_the_same_loss_curve(loaded, tmp_path):
+    """Ten updates of clip, with a refresh at the ninth: finetune and Hugging Face's Trainer."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from hf_trainer import ClippedSFT
+    base, tokenizer = loaded
+    ids, mask = llm.demonstrations(tokenizer, 40, 0)
+    c = replace(clipsft.Config(), loss="clip", lr=1e-3, steps=10, batch_size=4)
+    model = copy.deepcopy(base).requires_grad_(True)
+    losses = [stats["loss"].item() for _, stats in clipsft.finetune(model, base, ids, mask, c, 0)]
+
+    order = torch.cat(list(islice(clipsft.batches(40, 4, 0), 10))).tolist()
+    rows = [dict(input_ids=ids[i], labels=torch.where(mask[i], ids[i], -100)) for i in order]
+
+    class InOrder(ClippedSFT, transformers.Trainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+    settings = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=10, learning_rate=1e-3,
+        lr_scheduler_type="constant", adam_beta2=0.95, max_grad_norm=1.0, logging_steps=1,
+        report_to="none", save_strategy="no", use_cpu=True, remove_unused_columns=False)
+    trainer = InOrder(copy.deepcopy(base.lm).requires_grad_(True), settings, train_dataset=rows)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len({round(loss, 3) for loss in losses}) > 5
+    assert logged == pytest.approx(losses, abs=2e-4)    # the Trainer rounds to four places
+    for p, q in zip(model.lm.parameters(), trainer.model.parameters()):
+        assert torch.allclose(p, q, atol=1e-5)
 
 
 def said(do, *arguments):
@@ -211,6 +268,8 @@ def test_words():
     assert llm.question(problem) == "Add the cards 8,Q,10,2. J=10,Q=12,K=18."
     answer = "12 + 10 = 22 , so 22 + 8 = 30 , 30 + 2 = 32 # 32"
     assert llm.in_words(answer) == "12+10=22, so 22+8=30, 30+2=32. The sum is 32."
+    assert llm.as_answer(llm.in_words(answer)) == answer
+    assert llm.as_answer(" 12 +10 = 2.2 ") == "12 + 10 = 2 2"
 
 
 def test_only_an_answer_that_leaves_where_the_other_reference_does_is_read_again():
@@ -258,7 +317,8 @@ def by_hand():
             row("sft-third", 1, 8, 0.3, 0.90)]
 
 
-def test_differences_at_equal_id():
+def test_differences_at_equal_id(monkeypatch):
+    monkeypatch.setattr(llm, "LEVELS", (0.5, 0.7))
     rows = by_hand()
     # seed 0: at .5 sft .75, clip .85, third .90; at .7 sft .65, clip .83, third .80
     # seed 1: at .5 sft .50, clip .90 - .06 * .5 / .6 = .85
@@ -271,6 +331,7 @@ def test_differences_at_equal_id():
 
 def test_the_table_from_rows_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(llm, "LEVELS", (0.5, 0.7))
     path = tmp_path / "rows.jsonl"
     assert "there is no" in said(llm.main, ["--rows", str(path)])
     path.write_text("\n".join(json.dumps(row) for row in by_hand()) + "\n")
