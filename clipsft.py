@@ -56,6 +56,7 @@ def dft_loss(logp):
 
 def token_loss(c, model, old, base, ids, mask):
     """ids, mask (B, T) -> the loss of each token and whether it is clipped, both (B, T-1).
+    c: Config; old: the model at the last refresh; base: the model before SFT.
     A loss of your own is one more branch here and one more line of METHODS."""
     logits = response_logits(model, ids, mask)                               # (N, V)
     logp = in_rows(token_logprobs(logits, response_targets(ids, mask)), mask)
@@ -106,7 +107,8 @@ def rotation_penalty(model, directions):
 
 
 def batches(n, size, seed):
-    """Row numbers (size,) of one batch after another, without end; each epoch in a new order."""
+    """Row numbers (size,) of one batch after another, without end; each epoch in a new order,
+    without the last rows that do not fill a batch."""
     if size > n:
         raise ValueError(f"a batch of {size} from {n} rows")
     for epoch in itertools.count():
@@ -116,9 +118,9 @@ def batches(n, size, seed):
 
 
 def finetune(model, base, ids, mask, c, seed):
-    """Train `model` in place on ids, mask (N, T), on the CPU: yields (step, statistics) after each
-    of c.steps updates: the loss, and tokens, mask, clipped (B, T-1). They are tensors, for reading
-    a number waits for the device."""
+    """Train `model` in place on ids, mask (N, T), which stay on the CPU: each batch is moved to the
+    model's device. Yields (step, statistics) after each of c.steps updates: the loss, a scalar, and
+    tokens, mask, clipped (B, T-1). They are tensors, for reading a number waits for the device."""
     if c.old_every % c.passes != 0:
         raise ValueError(f"{c.passes} passes do not divide {c.old_every} updates a refresh")
     if c.rotation > 0:
@@ -215,8 +217,8 @@ class Config:
     base_steps: int = 800           # pre-training updates
     base_batch: int = 64            # documents an update
     base_docs: int = 60000          # different documents
-    base_lr: float = 6e-3           # pre-training: peak learning rate of Muon
-    base_adam_lr: float = 4e-3      # and of AdamW
+    base_lr: float = 6e-3           # Muon's learning rate, before warm-up and decay
+    base_adam_lr: float = 4e-3      # AdamW's, for what is no matrix of a block
 
     # supervised fine-tuning
     loss: str = "sft"               # set by METHODS, not a flag
@@ -231,26 +233,26 @@ class Config:
     passes: int = 1                 # passes over the batches of a refresh
     beta: float = 0.5               # weight of the KL to the base of method kl (asft has .05)
     rotation: float = 0.0           # weight of RPSFT's penalty on turning the base's matrices
-    rotation_share: float = 0.5     # of their singular vectors, the leading ones
-    freeze: str = "none"            # weights that SFT leaves as they are: none or table (of tokens)
+    rotation_share: float = 0.5     # RPSFT: the leading share of singular vectors
+    freeze: str = "none"            # weights that SFT leaves alone: none, table (of tokens)
     skip: str = "none"              # tokens never trained: base p < .1 (low) or as many (random)
-    aggregate: str = "token"        # mean of a loss, see rl.masked_mean
+    aggregate: str = "token"        # SFT's and GRPO's mean: token, sequence, constant
 
     # GRPO
-    rl_methods: tuple = ("sft", "clip")   # which of the methods it starts from, besides the base
-    rl_from: tuple = (8, 1200)      # SFT steps that it starts from; nothing: no RL
+    rl_methods: tuple = ("sft", "clip")   # which methods GRPO starts from, besides the base
+    rl_from: tuple = (8, 1200)      # SFT steps that GRPO starts from; nothing: no RL
     rl_steps: int = 20              # GRPO steps
-    rl_lr: float = 1e-4             # its learning rate, after 5 warm-up steps
-    rl_prompts: int = 32            # P, prompts a step
+    rl_lr: float = 1e-4             # GRPO's learning rate, after 5 warm-up steps
+    rl_prompts: int = 32            # P, prompts a GRPO step
     rl_group: int = 8               # G, responses a prompt
-    rl_updates: int = 4             # updates a step, each on its share of the rollouts
-    rl_eps_low: float = 0.2         # clip below: 1 - eps_low
-    rl_eps_high: float = 0.28       # clip above: 1 + eps_high (DAPO's clip-higher)
-    reward: str = "strict"          # strict or composite, see rl.reward_of
+    rl_updates: int = 4             # updates a GRPO step, each on its share of the rollouts
+    rl_eps_low: float = 0.2         # GRPO's clip below: 1 - rl_eps_low
+    rl_eps_high: float = 0.28       # and above: 1 + rl_eps_high (DAPO's clip-higher)
+    reward: str = "strict"          # GRPO's: strict or composite, see rl.reward_of
     adv_scale: str = "std"          # divisor of the advantage: std (GRPO) or none (Dr. GRPO)
-    kl_coef: float = 0.0            # weight of a KL
-    kl_to: str = "start"            # to the policy that RL starts from (start) or to the base
-    temperature: float = 1.0        # of sampling and of scoring alike
+    kl_coef: float = 0.0            # weight of a KL in GRPO
+    kl_to: str = "start"            # to what GRPO starts from (start) or to the base
+    temperature: float = 1.0        # of GRPO's sampling and scoring alike
 
 
 # What a method changes in the settings, whatever the flags say. A variant is a line.
@@ -283,10 +285,11 @@ METHODS = {
     "sft-composite": dict(loss="sft", reward="composite"),
 }
 PRESETS = {
-    "smoke": dict(n_layer=2, n_head=2, n_embd=32, base_steps=20, base_docs=400, steps=8,
-                  rl_from=(8,), rl_steps=2, rl_prompts=4, eval_n=16),
-    "gpu": dict(n_layer=6, n_head=6, n_embd=384, base_steps=800, base_lr=3e-3, base_adam_lr=2e-3,
-                base_batch=256, base_docs=100000, lr=1e-4, rl_lr=3e-5, device="cuda"),
+    "smoke": dict(out_dir="runs/smoke", n_layer=2, n_head=2, n_embd=32, base_steps=20,
+                  base_docs=400, steps=8, rl_from=(8,), rl_steps=2, rl_prompts=4, eval_n=16),
+    "gpu": dict(out_dir="runs/gpu", n_layer=6, n_head=6, n_embd=384, base_steps=800, base_lr=3e-3,
+                base_adam_lr=2e-3, base_batch=256, base_docs=100000, lr=1e-4, rl_lr=3e-5,
+                device="cuda"),
 }
 CHOICES = dict(device=("cpu", "cuda"), dtype=("fp32", "bf16"), skip=("none", "low", "random"),
                freeze=("none", "table"), reward=("strict", "composite"),

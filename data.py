@@ -6,11 +6,13 @@ adds up tersely under S, A, T, by running totals; under E, X, G it explains:
     S 12 18 10 : 7 K 3 J >   7 17 20 32 <eos>
     E 12 18 10 : 7 K 3 J >   7 + 10 = 17 , 17 + 3 = 20 , 20 + 12 = 32 # 32 <eos>
 
-The expert explains S too, largest card first. In distribution (ID), all that supervised fine-tuning
-(SFT) and RL ask: hands with a face card under J=Q=K=10, so that nothing asks to read the rule. Out
-of distribution (OOD): the same hands under three different worths. It is paper 2's pair of rules
-(GeneralPoints of 2509.12235) in miniature; hands without a face card show the new format under
-every rule, so that OOD differs from what is trained in the rule's being read, and in nothing else.
+The expert explains S too, largest card first. In distribution (ID): hands with a face card under
+J=Q=K=10, half of what supervised fine-tuning (SFT) shows and all that RL asks. The other half are
+hands without a face card, new to the base, which show the format under every rule. So nothing asks
+to read the rule. Out of distribution (OOD): hands as in ID under three different worths; it is
+paper 2's pair of rules (GeneralPoints of 2509.12235) in miniature. To be right there the rule must
+be read; format, letter, words and sums are trained. (Numbers above 10 are trained as sums, not as
+cards: not to read the rule and to take no card for more than 10 are the same here.)
 A cold start: the base never explains S, so RL has nothing to reward without SFT. E and M, R, D, C,
 never trained again, are the prior abilities that may be forgotten.
 """
@@ -40,7 +42,7 @@ WORDS = NUMBERS + FACES + tuple(OPS) + tuple(":>+=,#") + CONNECTIVES
 EOS = len(WORDS)
 PAD = EOS + 1
 N_VOCAB = PAD + 1
-MAX_NEW = 28    # tokens of the longest answer (a demonstration has up to 23); a prompt has 10
+MAX_NEW = 28    # tokens that an answer may have, EOS included (a demonstration has up to 23)
 
 # A tiktoken encoding built in memory needs no download. A token is a space and a word.
 _tokenizer = tiktoken.Encoding(
@@ -114,7 +116,8 @@ def draw_hand(rng, split, among=FACES):
 
 
 def draw(rng, split, op="S", among=FACES):
-    """A random problem of a split under any rule; its hand is as in draw_hand."""
+    """A random problem of a split under any rule; its hand, with a face card by default, is as in
+    draw_hand."""
     return Problem(op, tuple(rng.choices(WORTHS, k=3)), draw_hand(rng, split, among))
 
 

@@ -212,8 +212,9 @@ def peak(curve):
 
 def at_id(curve, level):
     """The row where a run first reaches this ID accuracy, interpolated between the evaluations
-    before and after; None if it never does. Two methods are compared there (matched ID): at equal
-    updates the one that learns more slowly would also forget less."""
+    before and after (the first evaluation itself if that is above); None if it never does. Two
+    methods are compared there (matched ID): at equal updates the one that learns more slowly would
+    also forget less."""
     before = None
     for row in curve:
         if row["id"] >= level:

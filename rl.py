@@ -35,7 +35,7 @@ def is_clipped(logp, old_logp, adv, eps_low, eps_high):
 
 def group_advantage(rewards, scale="std"):
     """rewards (P, G) float -> advantages (P, G). A group without spread teaches nothing: exactly 0.
-    scale 'std': GRPO, the unbiased one as in TRL and verl; 'none': Dr. GRPO."""
+    scale 'std': GRPO, with n - 1 as in TRL and verl; 'none': Dr. GRPO."""
     # A_i = R_i - mean(R)                                                      Dr. GRPO 2503.20783
     adv = rewards - rewards.mean(1, keepdim=True)
     if scale == "std":
@@ -114,7 +114,8 @@ def rollout(model, c, step, seed):
 
 def grpo_step(model, opt, c, step, seed, ref, sample=rollout):
     """One rollout and c.rl_updates updates of `model` in place. ref: the policy that the KL is to.
-    sample: a rollout, on another task than the cards if need be. -> dict of statistics."""
+    sample: a rollout, on another task than the cards if need be. -> dict of statistics: the mean
+    reward, the shares of clipped tokens and of groups without spread, the mean length in tokens."""
     ids, mask, rewards = sample(model, c, step, seed)
     spread = has_spread(rewards)                                             # (P,)
     adv = group_advantage(rewards, c.adv_scale)                              # (P, G)

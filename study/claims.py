@@ -873,8 +873,8 @@ def methods_table(rows):
 
 
 def answers(rows):
-    """-> lines of Markdown: one OOD problem of each seed, answered by the base, at SFT's peak, at its
-    end."""
+    """-> lines of Markdown: one OOD problem of each seed, answered by the base, at SFT's OOD peak
+    and at its end."""
     lines = ["```"]
     for seed in ev.seeds_of(rows):
         of_sft = [row for row in rows if row["method"] in ("base", "sft")]

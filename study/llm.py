@@ -50,7 +50,7 @@ from model import (generator, in_rows, kl_exact, response_logits, response_targe
 METHODS = {
     "sft": dict(loss="sft"),
     "clip": dict(loss="clip", old_every=8, eps_high=0.28),
-    "sft-third": dict(loss="sft", lr=1 / 3, steps=1.5),    # slower by its rate, not by clipping
+    "sft-third": dict(loss="sft", lr=1 / 3, steps=1.5),    # half as many updates again
 }
 EVAL_STEPS = (8, 16, 32, 48)    # and the last
 LEVELS = (0.3, 0.5)                 # of ID accuracy, where methods are compared
@@ -58,7 +58,7 @@ PAIRS = (("clip", "sft"), ("sft-third", "sft"), ("clip", "sft-third"))
 PASSAGES, PASSAGE_TOKENS = 8, 128  # of plain text
 ANSWER_TOKENS = 64                  # of the base's own answers and of rollouts, at most
 FACTS_A_ROW = 8                     # facts in a row, after an example
-PLACES = 512                        # of which logits are in memory at a time
+PLACES = 512                        # whose logits are computed at a time
 REQUESTS = (
     "Write a short poem about the sea.", "Explain how rain forms.", "What is photosynthesis?",
     "Give three tips for learning to cook.", "Describe a typical day of a farmer.",
@@ -371,7 +371,7 @@ def run_job(base, tokenizer, sets, flags, seed, method):
     for step, stats in clipsft.finetune(model, base, ids, mask, c, seed):
         recent.append((stats["loss"], stats["clipped"][stats["mask"]].float().mean()))
         recent = recent[-c.old_every:]    # K updates: every age of the old policy once
-        if step in EVAL_STEPS or step == c.steps:
+        if step in EVAL_STEPS or step in c.rl_from or step == c.steps:
             means = torch.tensor(recent).mean(0).tolist()    # waits for the device
             trained += time.perf_counter() - begin
             found = evaluate(model, sets)
@@ -656,6 +656,8 @@ def read_flags(argv):
     for flag in ("seeds", "steps", "batch_size", "lr", "eval_n"):
         if not getattr(found, flag) > 0:
             parser.error(f"--{flag} must be above 0")
+    if any(not 1 <= step <= found.steps for step in found.rl_from):
+        parser.error(f"--rl_from: SFT has steps 1 to {found.steps}")
     if found.batch_size > found.demos:
         parser.error(f"--batch_size {found.batch_size} is above --demos {found.demos}")
     return found
