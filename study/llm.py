@@ -52,7 +52,7 @@ METHODS = {
     "clip": dict(loss="clip", old_every=8, eps_high=0.28),
     "sft-third": dict(loss="sft", lr=1 / 3, steps=1.5),    # half as many updates again
 }
-EVAL_STEPS = (8, 16, 32, 48)    # and the last
+EVAL_STEPS = (8, 16, 32, 48, 64, 96, 128)    # and the last
 LEVELS = (0.3, 0.5)                 # of ID accuracy, where methods are compared
 PAIRS = (("clip", "sft"), ("sft-third", "sft"), ("clip", "sft-third"))
 PASSAGES, PASSAGE_TOKENS = 8, 128  # of plain text
