@@ -279,10 +279,6 @@ METHODS = {
     "sft-few-large": dict(loss="sft", demos=128, batch_size=128, lr=6e-4, steps=150),
     "sft-few-3e-5": dict(loss="sft", demos=128, lr=3e-5),
     "clip-few-3e-5": dict(loss="clip", demos=128, lr=3e-5),
-    # These differ from sft in the RL that follows.
-    "sft-kl-rl": dict(loss="sft", kl_coef=0.05, kl_to="base"),
-    "sft-hot-rl": dict(loss="sft", temperature=1.5),
-    "sft-composite": dict(loss="sft", reward="composite"),
 }
 PRESETS = {
     "smoke": dict(out_dir="runs/smoke", n_layer=2, n_head=2, n_embd=32, base_steps=20,

@@ -18,7 +18,8 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ import clipsft  # noqa: E402
 import data  # noqa: E402
 import eval as ev  # noqa: E402
 from model import generator, load_checkpoint  # noqa: E402
+from rl import grpo  # noqa: E402
 
 FIRST_SEED = 600    # nothing was tuned on these, and no earlier study used them
 SEEDS = 10
@@ -40,12 +42,13 @@ EVAL_N = 300                   # problems of each kind
 STARTS = (8, 64, 600, 1200)    # SFT updates that RL starts from
 CORE = ("sft", "clip", "sft-frozen-table")                    # 1,200 updates, all seeds
 RATES = ("sft-1e-4", "clip-1e-4", "sft-3e-5", "clip-3e-5")    # 300 updates, all seeds
-LATE = ("rpsft", "sft-few", "clip-few", "sft-few-large", "sft-few-3e-5", "clip-few-3e-5",
-        "sft-kl-rl", "sft-hot-rl", "sft-composite")           # 600 updates
-EARLY = ("clip-unbounded", "clip-frozen", "clip-paper1", "dft", "asft", "sft-skip-low",
+LATE = ("rpsft", "sft-few", "clip-few", "sft-few-large", "sft-few-3e-5",
+        "clip-few-3e-5")                                      # 600 updates
+EARLY = ("clip-unbounded", "clip-frozen", "dft", "asft", "sft-skip-low",
          "sft-skip-random")                                   # 300 updates
-RL_ONLY = ("sft-kl-rl", "sft-hot-rl", "sft-composite")    # sft, but for the RL that follows
-WITH_RL = ("sft", "clip", "sft-few", "clip-few", *RL_ONLY)
+WITH_RL = ("sft", "clip", "sft-few", "clip-few")
+TRIES = dict(hot=dict(temperature=1.5), kl=dict(kl_coef=0.05, kl_to="base"),
+             composite=dict(reward="composite"))    # of healing from the last start but one
 BEST_SFT = "sft-3e-5"      # of the three rates that which keeps most of M R D C at equal ID,
 BEST_CLIP = "clip-3e-5"    # on calibration seeds
 
@@ -276,6 +279,24 @@ def toward_base(run, rows, seed, base, eval_n):
     return dict(gain_toward_base=ev.mean(gains))
 
 
+def tries(run, seed, rows, base, eval_n):
+    """What other settings of RL change in OOD from the last start but one (gain_...), and the share
+    of groups without spread in the last ten steps (spreadless_...)."""
+    step = starts(rows, seed)[-2]
+    before = ev.row_at(ev.run_of(rows, "sft", seed), step)
+    settings = ev.read_json(clipsft.job_path(run, seed, "sft"))["settings"]
+    c = clipsft.Config()
+    for name in ("rl_steps", "rl_lr", "rl_prompts", "rl_group", "rl_updates"):
+        c = replace(c, **{name: settings[name]})
+    numbers = {}
+    for name, changes in TRIES.items():
+        model = load(run, seed, f"sft-{step}")
+        stats = list(grpo(model, base, replace(c, **changes), seed))
+        numbers[f"gain_{name}"] = ev.evaluate(model, base, eval_n, seed)["ood"] - before["ood"]
+        numbers[f"spreadless_{name}"] = ev.average(stats[-10:])["zero_spread"]
+    return numbers
+
+
 def rotation_by_rl(healed, early, late, seed):
     """Angle in degrees and distance from the early model, of the late one and of what RL makes of
     it: smaller after RL if RL turns the vectors back."""
@@ -305,6 +326,7 @@ def measure(run, seed, rows, eval_n):
     numbers.update(rotation_by_rl(healed, early, late, seed))
     numbers.update(restoration(early, late, base, eval_n, seed))
     numbers.update(toward_base(run, rows, seed, base, eval_n))
+    numbers.update(tries(run, seed, rows, base, eval_n))
     return numbers
 
 
@@ -689,13 +711,11 @@ def claims_on_rl(rows, measurements):
                         "groups without spread": by_rl(rows, "sft", "after", no_spread),
                         "clip": by_rl(rows, "clip", "after", gain),
                         "from 600 alone": gain_at(rows, "ood", "sft", 600),
-                        "from 600 at temperature 1.5": gain_at(rows, "ood", "sft-hot-rl", 600),
-                        "groups without spread then":
-                        values(rows, "zero_spread", "sft-hot-rl", after_rl(600)),
-                        "from 600 with a KL of .05 to the base":
-                        gain_at(rows, "ood", "sft-kl-rl", 600),
+                        "from 600 at temperature 1.5": column(measurements, "gain_hot"),
+                        "groups without spread then": column(measurements, "spreadless_hot"),
+                        "from 600 with a KL of .05 to the base": column(measurements, "gain_kl"),
                         "from 600 with composite rewards":
-                        gain_at(rows, "ood", "sft-composite", 600),
+                        column(measurements, "gain_composite"),
                         "from 600 of SFT on 128 demonstrations":
                         gain_at(rows, "ood", "sft-few", 600),
                         "and its ID": gain_at(rows, "id", "sft-few", 600)})
@@ -859,8 +879,6 @@ def methods_table(rows):
     titles += ["seeds", "M R D C where ID reaches .95, minus SFT", "OOD there", "seeds there"]
     lines = [table_row(titles), "|---" * len(titles) + "|"]
     for method in ev.methods_of(rows):
-        if method in RL_ONLY:
-            continue
         cells = [method]
         for key in keys:
             end = verdict(values(rows, key, method, at_300))
@@ -995,7 +1013,9 @@ def run_study(args):
                  if row["method"] != "base" and row["seed"] in seeds]
     args.out.mkdir(parents=True, exist_ok=True)
     write_lines(args.out / "rows.jsonl", rows)
-    write_lines(args.out / "measured.jsonl", [measured(run, seed, rows) for seed in seeds])
+    with ProcessPoolExecutor(PROCESSES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        jobs = [pool.submit(measured, run, seed, rows) for seed in seeds]
+        write_lines(args.out / "measured.jsonl", [job.result() for job in jobs])
 
 
 def main(argv=None):

@@ -242,10 +242,14 @@ def test_one_command_writes_rows_claims_tables_and_figures(study):
         (601, "base"), (601, "sft"), (601, "clip"), (601, "sft-1e-4")}
     assert len([row for row in rows if row["method"] == "base"]) == 4    # before and after RL
     assert [row["seed"] for row in claims.read_lines(out / "measured.jsonl")] == [600, 601]
+    for numbers in claims.read_lines(out / "measured.jsonl"):
+        assert {numbers[f"spreadless_{name}"] for name in claims.TRIES} == {1}    # all wrong
+        assert all(numbers[f"gain_{name}"] == 0 for name in claims.TRIES)
     entries = json.loads((out / "claims.json").read_text())
     keep_prior = next(entry for entry in entries if entry["id"] == "keep prior")
     assert (keep_prior["n"], keep_prior["verdict"]) == (0, "undecided")    # ID .95 is not reached
-    assert list(keep_prior["beside"]) == ["at the end"]
+    assert keep_prior["beside"]["at ID .98"] == [None, None]
+    assert keep_prior["beside"]["at the end"][0] is not None
     text = (out / "claims.md").read_text(encoding="utf-8")
     for name in ("| keep prior |", "| restore |", "| clip |", "| dft |"):
         assert name in text
