@@ -3,6 +3,7 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ import model as M
 import rl
 
 ROOT = Path(clipsft.__file__).parent
+sys.path.insert(0, str(ROOT / "study"))
+import llm  # noqa: E402
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 MODULES = {"clipsft.py": clipsft, "eval.py": ev, "model.py": M, "rl.py": rl}
@@ -54,7 +58,7 @@ def test_every_link_leads_somewhere():
 
 
 def test_every_flag_is_one():
-    files = [ROOT / "study" / "claims.py", ROOT / "study" / "speed.py"]
+    files = [ROOT / "study" / name for name in ("claims.py", "speed.py", "llm.py")]
     others = "".join(path.read_text(encoding="utf-8") for path in files)
     flags = {f"--{field.name}" for field in dataclasses.fields(clipsft.Config)} | {"--preset"}
     for flag in re.findall(r"(?<![\w-])--[a-z_]+", README):
@@ -116,3 +120,15 @@ def test_verdicts_follow_from_their_intervals():
             assert high < 0
         else:
             assert low <= 1e-9 and high >= -1e-9
+
+
+LLM_SHOWN = re.findall(r"^\| .*? \(`(\w+)`\) \| ([+-][\d.]+) ± ([\d.]+) \|", README, re.M)
+
+
+def test_a_difference_of_the_real_model_is_that_of_the_committed_rows():
+    lines = (ROOT / "study" / "llm.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {key for key, _, _ in LLM_SHOWN} >= {"facts", "text", "kl"}
+    for key, effect, half in LLM_SHOWN:
+        middle, width = ev.interval(llm.differences(rows, "clip", "sft", key))
+        assert (effect, half) == (f"{middle:+.3f}", f"{width:.3f}")
