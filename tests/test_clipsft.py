@@ -379,7 +379,7 @@ def test_help_names_every_flag_with_its_comment_and_default(capsys, monkeypatch)
     options = " ".join(capsys.readouterr().out.split("options:")[1].split())
     said = {text.split()[0]: text for text in options.split(" --")}
     assert said["lr"] == "lr LR SFT learning rate [0.0003]"
-    assert said["rl_from"].endswith("] SFT steps that it starts from; nothing: no RL [8 1200]")
+    assert said["rl_from"].endswith("] SFT steps that GRPO starts from; nothing: no RL [8 1200]")
     names = {f.name for f in fields(Config)} - {"loss"}
     assert names <= said.keys()
     assert all(len(said[name].split()) > 3 for name in names)
@@ -673,13 +673,13 @@ def test_a_run_that_diverges_says_what_to_try(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.json*")) == ["s0-base.json"]
 
 
-def test_grpo_with_more_updates_than_rows_that_have_spread(start, monkeypatch):
+def test_grpo_with_more_updates_than_rows_that_have_spread(start):
     model, ids, mask = start
     model = copy.deepcopy(model)
     before = model.lm_head.weight.clone()
     rewards = torch.tensor([[0.0, 1.0], [1.0, 1.0]])    # two of four rows have an advantage
-    monkeypatch.setattr(rl, "rollout", lambda *args: (ids[:4], mask[:4], rewards))
-    stats = list(rl.grpo(model, None, replace(C, rl_updates=16), 0))
+    c = replace(C, rl_updates=16)
+    stats = list(rl.grpo(model, None, c, 0, lambda *args: (ids[:4], mask[:4], rewards)))
     assert stats[0]["reward"] == 0.75
     assert torch.isfinite(model.lm_head.weight).all()
     assert not torch.equal(model.lm_head.weight, before)
