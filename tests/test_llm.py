@@ -161,8 +161,8 @@ def test_a_run_is_written_found_again_and_refuses_other_settings(folder, tmp_pat
     found = [(row["method"], row["stage"], row["step"]) for row in rows]
     assert sorted(found) == [
         ("base", "base", 0), ("clip", "rl", 2), ("clip", "sft", 2), ("sft", "rl", 2),
-        ("sft", "sft", 2), ("sft-third", "rl", 2), ("sft-third", "sft", 3)]
-    nll = {row["method"]: row["nll"] for row in rows if row["stage"] != "rl"}
+        ("sft", "sft", 2), ("sft-third", "rl", 2), ("sft-third", "sft", 2), ("sft-third", "sft", 3)]
+    nll = {row["method"]: row["nll"] for row in rows if row["stage"] != "rl"}    # the last step's
     assert len(set(nll.values())) == 4
     assert (tmp_path / "rows.png").stat().st_size > 10000
     assert "tiny-llama" in capsys.readouterr().out
