@@ -51,10 +51,11 @@ METHODS = {
     "sft": dict(loss="sft"),
     "clip": dict(loss="clip", old_every=8, eps_high=0.28),
     "sft-third": dict(loss="sft", lr=1 / 3, steps=1.5),    # half as many updates again
+    "clip-third": dict(loss="clip", old_every=8, eps_high=0.28, lr=1 / 3, steps=1.5),
 }
 EVAL_STEPS = (8, 16, 32, 48, 64, 96, 128)    # and the last
 LEVELS = (0.3, 0.5)                 # of ID accuracy, where methods are compared
-PAIRS = (("clip", "sft"), ("sft-third", "sft"), ("clip", "sft-third"))
+PAIRS = (("clip", "sft"), ("sft-third", "sft"), ("clip-third", "sft-third"))
 PASSAGES, PASSAGE_TOKENS = 8, 128  # of plain text
 ANSWER_TOKENS = 64                  # of the base's own answers and of rollouts, at most
 FACTS_A_ROW = 8                     # facts in a row, after an example
@@ -397,7 +398,8 @@ COMPARED = ("facts", "text", "kl", "entropy", "ood", "ood_rule")
 LEGEND = """ID, OOD: the expert's greedy answer, every token right; unread: OOD, every face card
 counted 10; facts: completed right; text nll, ID nll: nats a token; KL(base || model), entropy:
 nats a token on the base's own answers; clipped: share of the tokens in the last K updates"""
-COLORS = {"sft": "#1f77b4", "clip": "#ff7f0e", "sft-third": "#7fb2da"}
+COLORS = {"sft": "#1f77b4", "clip": "#ff7f0e", "sft-third": "#7fb2da",
+          "clip-third": "#ffc08a"}
 
 
 def config(flags, method):
