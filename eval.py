@@ -399,8 +399,7 @@ def compare(rows):
     picks = {"at the end": pick_end, "at ID .95": pick_matched}
     for step in sorted({row["step"] for row in rows if row["stage"] == "rl"}):
         picks[f"RL from {step}"] = pick_rl(step)
-    titles = "".join(f"{COLUMNS[key]:>17}" for key in COMPARED)
-    lines = [f"{'paired differences, mean +- 95 %':40}   n{titles}"]
+    table = [["paired differences, mean +- 95 %", "n", *(COLUMNS[key] for key in COMPARED)]]
     for where, pick in picks.items():
         for reference in references:
             for method in methods:
@@ -410,12 +409,24 @@ def compare(rows):
                 n = len(differences["ood"])
                 if n == 0:
                     continue
-                cells = ""
+                cells = [f"{method} - {reference}, {where}", str(n)]
                 for values in differences.values():
                     middle, half = interval(values)
-                    width = f"+-{half:6.3f}" if n > 1 else ""    # one seed has no interval
-                    cells += f"{middle:+9.3f}{width:8}"
-                lines.append(f"{f'{method} - {reference}, {where}':40}{n:4d}{cells}")
+                    width = f" +- {half:.3f}" if n > 1 else ""    # one seed has no interval
+                    cells.append(f"{middle:+.3f}{width}")
+                table.append(cells)
+    return in_columns(table)
+
+
+def in_columns(table):
+    """Lists of cells -> lines of text, each column as wide as its longest cell."""
+    widths = [max(len(cell) for cell in column) for column in zip(*table)]
+    lines = []
+    for label, *cells in table:
+        text = label.ljust(widths[0])
+        for cell, width in zip(cells, widths[1:]):
+            text += f"  {cell:>{width}}"
+        lines.append(text)
     return "\n".join(lines)
 
 
@@ -458,13 +469,15 @@ def draw_band(ax, steps, means, halves, **style):
 
 
 def draw_accuracy(ax, rows, key):
-    """An accuracy of each method over SFT updates; large markers: what RL makes of a checkpoint."""
-    for method, marker in zip(methods_of(rows), itertools.cycle("^sDv")):
+    """An accuracy of each method over SFT updates; large markers: what RL makes of a checkpoint,
+    those of the first method on top."""
+    methods = methods_of(rows)
+    for method, marker, order in zip(methods, itertools.cycle("^sDv"), range(len(methods), 0, -1)):
         color = draw_band(ax, *by_step(rows, method, "sft", key), marker=".", label=method)
         steps, means, _ = by_step(rows, method, "rl", key)
         if steps:
             ax.plot(steps, means, marker, color=color, markersize=8, markeredgecolor="black",
-                    label=f"{method}, then RL")
+                    label=f"{method}, then RL", zorder=2 + order)
 
 
 def draw_errors(ax, rows, method):
@@ -483,14 +496,14 @@ def figure(rows, path):
     their 95 % band."""
     import matplotlib.backends.backend_agg    # no display is needed
     import matplotlib.figure
-    fig = matplotlib.figure.Figure((15, 4.2), layout="tight")
+    fig = matplotlib.figure.Figure((13, 4), layout="tight")
     axes = fig.subplots(1, 4, sharex=True)
     first = methods_of(rows)[0]
     draw_accuracy(axes[0], rows, "id")
     draw_accuracy(axes[1], rows, "ood")
     draw_errors(axes[2], rows, first)
     draw_accuracy(axes[3], rows, "prior")
-    titles = ("ID: the rule of SFT", "OOD: the same hands, another rule", f"OOD answers of {first}",
+    titles = ("ID: the rule of SFT", "OOD: the same hands, other rules", f"OOD answers of {first}",
               "prior abilities: M, R, D, C")
     ticks = steps_of(rows, first, "sft")[::2]
     for ax, title in zip(axes, titles):
@@ -500,8 +513,8 @@ def figure(rows, path):
         ax.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy, greedy decoding")
     axes[0].legend(loc="lower right", frameon=False)
-    axes[2].legend(loc="lower left", fontsize=8)
-    fig.savefig(temporary(path), format="png", dpi=100)
+    axes[2].legend(loc="lower left", fontsize=7)
+    fig.savefig(temporary(path), format="png", dpi=130)
     temporary(path).replace(path)
 
 

@@ -915,15 +915,15 @@ def idea_figure(path):
     fig = Figure((5, 3.4), layout="tight")
     ax = fig.subplots()
     r = np.linspace(0.3, 2, 500)
-    ax.plot(r, np.ones_like(r), "-", lw=2, label="SFT")
-    ax.plot(r, 0.2 * r, "--", lw=2, label="DFT: the probability, here .2 r")
-    ax.plot(r, np.where(r <= 1.28, r, 0), "-", lw=2, label="clip = GRPO, A = 1")
-    ax.plot(r, np.where(r >= 0.8, -r, 0), ":", lw=2, label="GRPO, A = -1")
+    ax.plot(r, np.ones_like(r), "-", lw=2, color="#1f77b4", label="SFT")
+    ax.plot(r, 0.2 * r, "--", lw=2, color="#2ca02c", label="DFT: the probability, here .2 r")
+    ax.plot(r, np.where(r <= 1.28, r, 0), "-", lw=2, color="#ff7f0e", label="clip = GRPO, A = 1")
+    ax.plot(r, np.where(r >= 0.8, -r, 0), ":", lw=2, color="#d62728", label="GRPO, A = -1")
     ax.set(xlabel="r = probability now / at the last refresh", ylabel="weight on its gradient")
     ax.axvline(1, color="gray", lw=0.8)
     ax.legend(loc="lower left", frameon=False, fontsize=8)
     ax.grid(alpha=0.25)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path, dpi=130)
 
 
 def trade_figure(rows, path):
@@ -940,6 +940,7 @@ def trade_figure(rows, path):
             draw_values(ax, levels, columns, color=color, label=method, marker=".")
         ax.set(title=f"{title} at equal ID", xlabel="ID accuracy first reached",
                ylabel=f"{title}, accuracy", ylim=(0, 1.02))
+    left.set_ylim(0.6, 1.01)    # all that there is
     right.set_xscale("log")
     for method in ("sft", "clip"):
         steps = ev.steps_of(rows, method, "rl")
@@ -957,7 +958,7 @@ def trade_figure(rows, path):
     right.legend(frameon=False, fontsize=8, loc="lower center")
     for ax in (left, middle, right):
         ax.grid(alpha=0.25)
-    fig.savefig(path, dpi=100)
+    fig.savefig(path, dpi=130)
 
 
 # ================================================================= the command

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import re
 import runpy
 import statistics
 import sys
@@ -360,6 +361,15 @@ def cells(text, width):
     return found
 
 
+def columns(text):
+    """Lines of a table whose columns are two blanks apart -> {label: its cells}."""
+    found = {}
+    for line in text.split("\n"):
+        label, *values = re.split(r" {2,}| \+- ", line)
+        found[label] = values
+    return found
+
+
 def test_summary_by_hand():
     found = cells(ev.summary(made_up()), 32)
     assert {label: found[label][1] for label in found if label} == {
@@ -397,23 +407,23 @@ def test_differences_are_paired_by_seed():
 
 
 def test_compare_by_hand():
-    found = cells(ev.compare(made_up()), 40)
+    found = columns(ev.compare(made_up()))
     # ood at the end .2 and .4; RL's ends .9 - .8 and 1.3 - 1.0; 12.706 s / sqrt 2 = 12.706 * .1
     assert found["clip - sft, at the end"][:5] == ["2", "-0.030", "0.000", "+0.300", "1.271"]
     assert found["clip - sft, RL from 2"][:5] == ["2", "+0.000", "0.000", "+0.200", "1.271"]
     # clip has .95 after 5/6 of the way from .7 to .6 and .8: .6167 and .7833; sft .6 and .6
     assert found["clip - sft, at ID .95"][3:5] == ["+0.100", "1.059"]
     never = [r | dict(id=0.9) if r["method"] == "clip" else r for r in made_up()]
-    assert list(cells(ev.compare(never), 40))[1:] == ["clip - sft, at the end",
-                                                      "clip - sft, RL from 2"]
+    assert list(columns(ev.compare(never)))[1:] == ["clip - sft, at the end",
+                                                    "clip - sft, RL from 2"]
     one_seed = [r for r in made_up() if r["seed"] == 0]    # without an interval
-    found = cells(ev.compare(one_seed), 40)
+    found = columns(ev.compare(one_seed))
     assert found["clip - sft, at the end"][:3] == ["1", "-0.030", "+0.200"]
 
 
 def test_compare_has_clip_as_a_reference_too():
     rows = made_up() + [row(method="kl", step=20, ood=0.5)]
-    found = cells(ev.compare(rows), 40)
+    found = columns(ev.compare(rows))
     assert found["kl - sft, at the end"][2] == "+0.100"
     assert found["kl - clip, at the end"][2] == "-0.100"
 
@@ -505,7 +515,7 @@ def test_report_of_two_folders_pairs_them_by_seed_and_writes_nothing(tmp_path, m
     run = folder(tmp_path / "run", made_up())
     folder(tmp_path / "tight", other)
     ev.report(["run", "tight"], texts.append)
-    found = cells("\n".join(texts), 40)
+    found = columns("\n".join(texts))
     assert found["clip (tight) - clip, at the end"][:3] == ["1", "+0.000", "+0.100"]
     assert found["sft (tight) - sft, RL from 2"][:3] == ["1", "+0.000", "+0.100"]
     assert cells(texts[0].split("\n\n")[1], 32)["base"][-1] == "2"    # one base a seed
