@@ -49,7 +49,7 @@ def clip_loss(logp, old_logp, eps_low, eps_high):
 
 def dft_loss(logp):
     """Dynamic fine-tuning (2508.05629): the weight is pi itself, held constant, so the gradient is
-    that of - pi(y_t): the opposite remedy, which hardly learns what it finds improbable."""
+    that of - pi(y_t): the opposite of a clip, it hardly learns what the model finds improbable."""
     # L_DFT = - sg(pi(y_t)) log pi(y_t)
     return -logp.detach().exp() * logp
 
@@ -60,7 +60,7 @@ def token_loss(c, model, old, base, ids, mask):
     A loss of your own is one more branch here and one more line of METHODS."""
     logits = response_logits(model, ids, mask)                               # (N, V)
     logp = in_rows(token_logprobs(logits, response_targets(ids, mask)), mask)
-    clipped = torch.zeros_like(mask[:, 1:])    # by no loss but clip
+    clipped = torch.zeros_like(mask[:, 1:])    # only clip sets it
     if c.loss == "sft":
         loss = sft_loss(logp)
     elif c.loss == "clip":
@@ -131,6 +131,7 @@ def finetune(model, base, ids, mask, c, seed):
     while True:
         # Every K updates the model as it stands becomes the old policy. The K / passes batches
         # until the next refresh are passed over `passes` times: paper 3 once, paper 1 three times.
+        # (The other losses do not look at it.)
         old = copy.deepcopy(model).requires_grad_(False)
         n_fresh = min(c.old_every // c.passes, c.steps)
         fresh = [next(stream) for _ in range(n_fresh)]

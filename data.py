@@ -7,12 +7,12 @@ adds up tersely under S, A, T, by running totals; under E, X, G it explains:
     E 12 18 10 : 7 K 3 J >   7 + 10 = 17 , 17 + 3 = 20 , 20 + 12 = 32 # 32 <eos>
 
 The expert explains S too, largest card first. In distribution (ID): hands with a face card under
-J=Q=K=10, half of what supervised fine-tuning (SFT) shows and all that RL asks. The other half are
-hands without a face card, new to the base, which show the format under every rule. So nothing asks
-to read the rule. Out of distribution (OOD): hands as in ID under three different worths; it is
-paper 2's pair of rules (GeneralPoints of 2509.12235) in miniature. To be right there the rule must
-be read; format, letter, words and sums are trained. (Numbers above 10 are trained as sums, not as
-cards: not to read the rule and to take no card for more than 10 are the same here.)
+J=Q=K=10: half of the demonstrations of supervised fine-tuning (SFT), and all prompts of RL. The
+other half of the demonstrations, hands without a face card, show the format under every rule. So
+nothing asks to read the rule. Out of distribution (OOD): hands as in ID under three different
+worths; it is paper 2's pair of rules (GeneralPoints of 2509.12235) in miniature. To be right there
+the rule must be read; format, letter, words and sums are trained. (A model that ignores the rule
+and one that has learnt that no card counts more than 10 give the same answers here.)
 A cold start: the base never explains S, so RL has nothing to reward without SFT. E and M, R, D, C,
 never trained again, are the prior abilities that may be forgotten.
 """
@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 FACES = ("J", "Q", "K")
 DECK = ("2", "3", "4", "5", "6", "7", "8", "9", "10") + FACES
-OPS = "SATEXGMRDC"    # sum: terse S A T, explained E X G; maximum, reverse, values, sorted values
+OPS = "SATEXGMRDC"    # sum: terse S A T, explained E X G; M maximum, R reverse, D values, C sorted
 CONNECTIVES = ("so", "then", "now", "next", "well", "hence", "thus", "and")
 WORTHS = (10, 12, 14, 16, 18)    # what a face card may be worth; the base knows every such rule
 ID_RULE = (10, 10, 10)
@@ -93,7 +93,8 @@ def fingerprint(words):
 
 def split_of(hand):
     """'eval', 'rl' or 'train', by what the cards are worth under the ID rule, in any order: 7 J 3 K
-    and 3 10 7 Q have the same sums, so no evaluation hand has those of a hand in training."""
+    and 3 10 7 Q are of one split, for they have the same sums: no evaluation hand has those of a
+    hand in training."""
     worths = ["10" if card in FACES else card for card in hand]
     tenth = fingerprint(worths) % 10
     if tenth < 3:
@@ -116,8 +117,7 @@ def draw_hand(rng, split, among=FACES):
 
 
 def draw(rng, split, op="S", among=FACES):
-    """A random problem of a split under any rule; its hand, with a face card by default, is as in
-    draw_hand."""
+    """A random problem of a split under any rule; hand: see draw_hand."""
     return Problem(op, tuple(rng.choices(WORTHS, k=3)), draw_hand(rng, split, among))
 
 
@@ -129,8 +129,8 @@ def draw_id(rng, split, among=FACES):
 def draw_pair(rng, split):
     """An ID problem and its OOD twin: the same hand where J, Q, K are worth three different
     numbers. The hand holds a Q or a K (the first number of the rule alone does not do), the ID
-    rule's answer is wrong for the twin, and no sum exceeds 37: SFT trains every number up to there
-    (of 38, 39, 40 not the first: both sets of ID values that add up to it are in the rl split)."""
+    rule's answer is wrong for the twin, and no sum exceeds 37: SFT trains every number up to there.
+    (Not 38: both sets of ID values that add up to it are in the rl split.)"""
     while True:
         problem = draw_id(rng, split, ("Q", "K"))
         twin = problem._replace(rule=tuple(rng.sample(WORTHS, 3)))
@@ -205,7 +205,7 @@ class Verdict(NamedTuple):
     strict: bool    # three steps, every card once in any order, every sum and the total right
     any: bool       # the last number is right, in any format: arithmetic, not style
     error: str      # "" if strict, else of ERRORS the first that applies
-    partial: float  # (share of right steps + right cards and total) / 2: the composite reward
+    partial: float  # composite reward: half for the right steps, half for right cards and total
 
 
 def verify(problem, response):

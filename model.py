@@ -138,7 +138,7 @@ class GPT(nn.Module):
             raise ValueError(f"prompt {P} + response {max_new} exceed block_size {c.block_size}")
         ids = torch.full((n * len(prompts), S), pad, device=self.device)
         ids[:, :P] = prompts.repeat_interleave(n, 0)
-        # Rows still decoding: their numbers; token, done, x and the cache have a place for each.
+        # Rows still decoding: entry i of token, done, x and the cache belongs to row live[i] of ids.
         live = torch.arange(len(ids), device=self.device)
         done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
         with self.autocast():
@@ -149,7 +149,7 @@ class GPT(nn.Module):
                 token = sample(self.lm_head(x).float(), temperature, noise)  # (live,)
                 ids[live, t] = token
                 done = done | (token == eos)
-                # Drop the finished rows once they are many; to see it waits for the device: rarely.
+                # Drop the finished rows once they are many. To look waits for the device: rarely.
                 every_fourth = (t - P) % 4 == 3
                 if every_fourth and done.float().mean() > 0.2:
                     keep = (~done).nonzero()[:, 0]
@@ -190,8 +190,8 @@ def response_mask(ids, start, eos):
 
 
 def token_logprobs(logits, targets):
-    """log pi(target): logits (..., V) of any dtype, targets (...) -> (...) float32, for bfloat16
-    near log p = -5 has steps of .03: it would drown a ratio of 1.28, whose log is .25."""
+    """log pi(target): logits (..., V) of any dtype, targets (...) -> (...) float32: bfloat16 has
+    steps of .03 near log p = -5, and the clip's bound is at a log-ratio of log 1.28 = .25."""
     flat = logits.float().reshape(-1, logits.shape[-1])                      # (N, V)
     return -F.cross_entropy(flat, targets.reshape(-1), reduction="none").view_as(targets)
 
@@ -234,7 +234,8 @@ def response_logprobs(model, ids, mask, temperature=1.0):
 
 
 def trim(ids, mask):
-    """Drop the columns behind the longest row of ids, mask (B, T); none if the mask is empty."""
+    """Drop the columns of ids, mask (B, T) behind the last one that any row trains; none if the mask
+    is empty."""
     used = mask.any(0).nonzero()                                             # (columns, 1)
     if len(used) == 0:
         return ids, mask

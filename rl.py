@@ -1,7 +1,7 @@
 """rl.py - the clipped surrogate that SFT and RL share, and GRPO on in-distribution prompts.
 
-One step: sample G responses to each of P prompts, reward them by the strict verifier, compare each
-with its group, and raise the better ones by PPO's clipped surrogate.
+One step: sample G responses to each of P prompts, reward each by the verifier, compare it with its
+group, and by PPO's clipped surrogate raise the better ones and lower the worse.
 Shapes: P prompts, G responses a prompt, B = P * G rows, T tokens.
 """
 import copy
@@ -131,7 +131,7 @@ def grpo_step(model, opt, c, step, seed, ref, sample=rollout):
         ids, mask = trim(ids[kept], mask[kept])
         adv = adv[spread]
     row_adv = adv.view(-1, 1).to(ids.device)                                 # (B, 1)
-    with torch.no_grad():    # by the very forward pass that trains, at sampling temperature
+    with torch.no_grad():    # scored as in training, not as sampled: at first r is exactly 1
         old_logp = response_logprobs(model, ids, mask, c.temperature)        # (B, T-1)
         if c.kl_coef > 0:
             ref_logp = response_logprobs(ref, ids, mask, c.temperature)      # (B, T-1)
@@ -160,7 +160,7 @@ def grpo(model, base, c, seed, sample=rollout):
     """Run GRPO on `model` in place: yields statistics after each of c.rl_steps steps. sample as in
     grpo_step."""
     opt = adamw(model, c.rl_lr)
-    ref = base    # of the KL, if there is one
+    ref = base    # unused without a KL
     if c.kl_coef > 0 and c.kl_to == "start":
         ref = copy.deepcopy(model).requires_grad_(False)
     for step in range(c.rl_steps):

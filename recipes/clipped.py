@@ -119,8 +119,8 @@ class TokenLogprobs(torch.autograd.Function):
 
 def token_logprobs(logits, targets):
     """log pi(target): logits (B, T, V) of any dtype, targets (B, T) -> (B, T) float32, 0 where the
-    target is negative. Float32 because bfloat16 has steps of .03 near log p = -5: it would drown a
-    ratio of 1.28, whose log is .25. Logits of -inf (a masked vocabulary) are fine.
+    target is negative. Float32 because bfloat16 has steps of .03 near log p = -5, and the clip's
+    bound is at a log-ratio of log 1.28 = .25. Logits of -inf (a masked vocabulary) are fine.
 
     For a large vocabulary: beside the logits it needs one chunk in float32, in the backward pass
     also the logits' gradient in their dtype. ValueError if the shapes do not match."""
