@@ -39,11 +39,14 @@ def eval_sets(n, seed):
 
 @torch.no_grad()
 def accuracies(model, n, seed):
-    """Greedy accuracies in [0, 1] on the sets of eval_sets: strict (id, ood, explained, prior), of
-    the last number in any format (id_any, ...), and on the two halves of the OOD set (ood_a, ood_b,
-    which share no hand). ood_format, ood_rule, ood_face, ood_values, ood_sums: the shares of OOD
-    answers that are wrong in this way (data.verify); with ood they add up to 1. ood_unread: rule
-    and face, a face card is not read as the rule says. sample: one OOD answer."""
+    """Greedy accuracies in [0, 1] on the sets of eval_sets, as a dict:
+    id, ood, explained, prior: strict
+    id_any, ...: of the last number, in any format
+    ood_a, ood_b: strict, on two halves of the OOD set that share no hand
+    ood_format, ood_rule, ood_face, ood_values, ood_sums: the shares of OOD answers that are wrong
+        in this way (data.verify); with ood they add up to 1
+    ood_unread: ood_rule + ood_face, a face card does not count what the rule says
+    and sample: one OOD answer."""
     row = {}
     for name, problems in eval_sets(n, seed).items():
         texts, _, _ = respond(model, problems)
@@ -132,7 +135,7 @@ def singular_value_shift(W0, W1):
 
 def restore_directions(W0, W1, k=None):
     """W1 with its k leading singular vectors, both sides, replaced by those of W0 (k None: all) and
-    its own singular values kept, (m, n). With W0 and W1 swapped it restores the values alone."""
+    its own singular values kept, (m, n). (W1, W0, None) restores the singular values alone."""
     U0, _, Vh0 = torch.linalg.svd(W0.cpu().double(), full_matrices=False)
     U, s1, Vh = torch.linalg.svd(W1.cpu().double(), full_matrices=False)
     # W' = [U_0,k | U_1,rest] diag(S_1) [V_0,k | V_1,rest]^T                 2509.12235, restoration
@@ -144,8 +147,9 @@ def restore_directions(W0, W1, k=None):
 def representation_drift(layers0, layers1):
     """Lists, one entry a layer, of the same n texts' mean hidden states (n, C) in two models.
     -> (PCA centroid distance, mean shift). The first is paper 1's code: project on the first two
-    principal components of layers0, average over texts, then layers, whose arbitrary signs may
-    cancel. The second has no such fault: the mean over layers of || mean(h1) - mean(h0) ||."""
+    principal components of layers0, average over texts, then over layers, where shifts may cancel:
+    the sign of a component is arbitrary. The second cannot: the mean over layers of
+    || mean(h1) - mean(h0) ||."""
     points = []
     distances = []
     for h0, h1 in zip(layers0, layers1):
@@ -158,9 +162,9 @@ def representation_drift(layers0, layers1):
 
 def gradient_norm_by_probability(model, ids, mask, per_bin=20):
     """Paper 1's analysis: the L2 norm of the gradient of -log pi (all parameters) of single
-    response tokens of ids, mask (B, T), by their probability in ten bins, [0, .1) first; with a
-    clean gradient for each token (its code subtracts accumulated norms). With respect to the logits
-    alone it is softmax - one_hot(y), of norm 1 - p to sqrt 2 (1 - p).
+    response tokens of ids, mask (B, T), by their probability in ten bins, [0, .1) first. Each
+    token has a backward pass of its own (the paper's code takes differences of accumulated norms).
+    With respect to the logits alone it is softmax - one_hot(y), of norm 1 - p to sqrt 2 (1 - p).
     -> list of ten (tokens in the bin, mean norm of up to per_bin of them; nan without any)."""
     with torch.no_grad():
         p = response_logprobs(model, ids, mask)[mask[:, 1:]].exp()           # (N,)
@@ -212,14 +216,16 @@ def peak(curve):
 
 def at_id(curve, level):
     """The row where a run first reaches this ID accuracy, interpolated between the evaluations
-    before and after (the first evaluation itself if that is above); None if it never does. Two
-    methods are compared there (matched ID): at equal updates the one that learns more slowly would
-    also forget less."""
+    before and after; None if it never does, or had passed it at its first evaluation. Two methods
+    are compared there (matched ID): at equal updates the one that learns more slowly would also
+    forget less."""
     before = None
     for row in curve:
-        if row["id"] >= level:
+        if row["id"] == level:
+            return row
+        if row["id"] > level:
             if before is None:
-                return row
+                return None
             share = (level - before["id"]) / (row["id"] - before["id"])
             return between(before, row, share)
         before = row

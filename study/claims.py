@@ -4,7 +4,7 @@
     python study/claims.py runs/study       runs the study first: clipsft.py in two processes, then
                                             measurements on its checkpoints
 
-What is in the run folder is not computed again. Writes rows.jsonl, measured.json, claims.json,
+What is in the run folder is not computed again. Writes rows.jsonl, measured.jsonl, claims.json,
 claims.md and the figures beside this file. Every effect is a difference within a seed: the same
 base, the same data, the same order.
 
@@ -371,13 +371,8 @@ def at_300(rows, method, seed):
 
 
 def at_id(level):
-    """Where ID accuracy first reaches the level, interpolated; none if it is passed before the
-    first evaluation."""
     def pick(rows, method, seed):
-        curve = ev.run_of(rows, method, seed)
-        if curve and curve[0]["id"] > level:
-            return None
-        return ev.at_id(curve, level)
+        return ev.at_id(ev.run_of(rows, method, seed), level)
     return pick
 
 
@@ -631,22 +626,31 @@ def claims_on_forgetting(rows):
                 kept("ood", "clip", "sft"),
                 beside={"at ID .98": kept("ood", "clip", "sft", at_id(0.98)),
                         "at the end": kept("ood", "clip", "sft", at_end),
-                        "in any format": kept("ood_any", "clip", "sft")})
+                        "in any format": kept("ood_any", "clip", "sft"),
+                        "not in the format": kept("ood_format", "clip", "sft"),
+                        "face card not as the rule says": kept("ood_unread", "clip", "sft")})
     yield Claim("best rate prior", "1, 3", "also at each one's best rate: M, R, D, C",
                 f"where ID first reaches .95, {BEST_CLIP} minus {BEST_SFT}",
                 kept("prior", BEST_CLIP, BEST_SFT),
                 beside={"both at 1e-4": kept("prior", "clip-1e-4", "sft-1e-4"),
-                        "the best rate alone, SFT 3e-5 minus 3e-4": kept("prior", BEST_SFT, "sft")})
+                        "the best rate alone, SFT 3e-5 minus 3e-4": kept("prior", BEST_SFT, "sft"),
+                        "updates to ID .95, SFT at 3e-4": values(rows, "step", "sft", level),
+                        "clip at 3e-4": values(rows, "step", "clip", level),
+                        "SFT at 3e-5": values(rows, "step", BEST_SFT, level),
+                        "clip at 3e-5": values(rows, "step", BEST_CLIP, level)})
     yield Claim("best rate ood", "3", "also at each one's best rate: OOD", "the same, strict OOD",
                 kept("ood", BEST_CLIP, BEST_SFT),
                 beside={"both at 1e-4": kept("ood", "clip-1e-4", "sft-1e-4"),
                         "in any format": kept("ood_any", BEST_CLIP, BEST_SFT),
-                        "the best rate alone, SFT 3e-5 minus 3e-4": kept("ood", BEST_SFT, "sft")})
+                        "not in the format": kept("ood_format", BEST_CLIP, BEST_SFT),
+                        "the best rate alone, SFT 3e-5 minus 3e-4": kept("ood", BEST_SFT, "sft"),
+                        "not in the format then": kept("ood_format", BEST_SFT, "sft")})
     yield Claim("forgetting", "1", "clip forgets less, in per cent of the base",
                 "M, R, D, C and E lost where ID first reaches .95, SFT minus clip",
                 forgotten(rows, "sft", level) - forgotten(rows, "clip", level), margin=3,
                 beside={"SFT": forgotten(rows, "sft", level),
-                        "clip": forgotten(rows, "clip", level)})
+                        "clip": forgotten(rows, "clip", level),
+                        "a lower rate alone, SFT at 3e-5": forgotten(rows, BEST_SFT, level)})
     yield Claim("ID parity", "1, 3", "clip is no worse in distribution",
                 "best ID of the run, clip minus SFT, above -.02",
                 difference(rows, "id", "clip", "sft", at_best_id), at_least=-0.02,
@@ -703,7 +707,10 @@ def claims_on_rl(rows, measurements):
                 "OOD after RL minus before it, from starts before each run's own peak",
                 by_rl(rows, "sft", "before", gain),
                 beside={"clip": by_rl(rows, "clip", "before", gain),
-                        "groups without spread": by_rl(rows, "sft", "before", no_spread)})
+                        "groups without spread": by_rl(rows, "sft", "before", no_spread),
+                        "from 8 alone": gain_at(rows, "ood", "sft", 8),
+                        "from 64 alone": gain_at(rows, "ood", "sft", 64),
+                        **after_rl_from_8(rows)})
     yield Claim("heals", "2", "RL heals OOD after the peak",
                 "the same from starts after the peak",
                 by_rl(rows, "sft", "after", gain),
@@ -736,15 +743,19 @@ def claims_on_rl(rows, measurements):
                 "OOD after RL, from starts before the peak minus from starts after it",
                 by_rl(rows, "sft", "before", end) - by_rl(rows, "sft", "after", end))
     equal = after_rl_from_equal_id
+    from_64 = after_rl(64)
     where = "after RL from the first start with ID of at least .95 (mostly update 64 for both)"
     yield Claim("RL equal prior", "1, 3", "RL ends higher from clip: M, R, D, C",
                 f"{where}, clip minus SFT", difference(rows, "prior", "clip", "sft", equal),
                 beside={"before RL": difference(rows, "prior", "clip", "sft", start_at_id),
+                        "both from 64": difference(rows, "prior", "clip", "sft", from_64),
+                        "at 64, before RL": difference(rows, "prior", "clip", "sft", at_step(64)),
                         "from each one's best start in OOD":
                         difference(rows, "prior", "clip", "sft", best_after_rl)})
     yield Claim("RL equal ood", "1, 3", "RL ends higher from clip: OOD", "the same, OOD",
                 difference(rows, "ood", "clip", "sft", equal),
                 beside={"before RL": difference(rows, "ood", "clip", "sft", start_at_id),
+                        "both from 64": difference(rows, "ood", "clip", "sft", from_64),
                         "from each one's best start in OOD":
                         difference(rows, "ood", "clip", "sft", best_after_rl)})
     yield Claim("RL few id", "1, 3", "RL ends higher from clip: ID, where it is not saturated",
@@ -752,6 +763,16 @@ def claims_on_rl(rows, measurements):
                 difference(rows, "id", "clip-few", "sft-few", after_rl(600)),
                 beside={"SFT before RL": values(rows, "id", "sft-few", at_step(600)),
                         "SFT after RL": values(rows, "id", "sft-few", after_rl(600))})
+
+
+def after_rl_from_8(rows):
+    """What RL makes of 8 updates of SFT, and minus SFT at its OOD peak -> {label: one a seed}."""
+    found = {}
+    for key in ("id", "ood", "prior"):
+        end = values(rows, key, "sft", after_rl(8))
+        found[f"{ev.COLUMNS[key]} after RL from 8"] = end
+        found[f"{ev.COLUMNS[key]} then, minus SFT's peak"] = end - values(rows, key, "sft", at_peak)
+    return found
 
 
 def claims_on_weights(measurements):
@@ -853,7 +874,7 @@ def table_row(cells):
 
 
 def claims_table(claims):
-    """-> lines of Markdown. above: of the n seeds those with an effect above 0."""
+    """-> lines of Markdown. above: of the n seeds those with an effect above the bound, mostly 0."""
     titles = ["claim", "paper", "what it says: what was measured", "effect ± 95 %", "n", "above",
               "verdict", "beside it"]
     lines = [table_row(titles), "|---" * len(titles) + "|"]

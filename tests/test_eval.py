@@ -340,7 +340,7 @@ def test_the_peak_is_picked_on_each_half_and_reported_on_the_other():
 
 
 @pytest.mark.parametrize("level, prior", [
-    (0.5, 1.0), (0.8, 1.0),    # reached at the first row
+    (0.8, 1.0),                # reached at the first row, exactly
     (0.85, 0.9),               # half of the way to the second
     (0.9, 0.8),                # the first crossing, though the third row is below
     (0.96, 0.2)])              # three quarters of the way from the third, .72, to the fourth
@@ -349,7 +349,8 @@ def test_where_an_id_accuracy_is_first_reached_by_hand(level, prior):
              row(step=8, id=0.72, prior=0.8), row(step=16, id=1.04, prior=0.0)]
     found = ev.at_id(curve, level)
     assert (found["prior"], found["sample"]) == (near(prior), "S 10 ...")
-    assert ev.at_id(curve, 1.05) is None
+    assert ev.at_id(curve, 1.05) is None    # never
+    assert ev.at_id(curve, 0.5) is None     # some time before the first row
     assert ev.at_id([], 0.5) is None
 
 
