@@ -12,7 +12,8 @@ every other demonstration has a face card, under J = Q = K = 10, the others none
 ID and OOD are scored by teacher forcing, one forward pass instead of a decoded answer: a greedy
 answer equals a reference exactly if at each of its places the most probable token is its token. The
 only reference is the expert's order without connectives (which are never the most probable: each
-stands in 4 % of the places), so a right answer in another order counts as wrong: a lower bound.
+stands in 4 % of the places), so a right answer in another order counts as wrong: a lower bound, in
+OOD the more so as the order itself follows the rule.
 
 What may be forgotten: facts (llm_facts.txt: is the greedy completion right, below others of its
 kind?), plain text (nats a token on Python's own documentation), and whatever else the base says
@@ -46,11 +47,11 @@ import rl  # noqa: E402
 from model import (generator, in_rows, kl_exact, response_logits, response_targets,  # noqa: E402
                    temporary, token_logprobs, trim)
 
-# What a method changes in clipsft.Config; of lr and steps it gives the factor on the flag.
+# What a method changes in clipsft.Config; its lr and steps are factors on the flags.
 METHODS = {
     "sft": dict(loss="sft"),
     "clip": dict(loss="clip", old_every=8, eps_high=0.28),
-    "sft-third": dict(loss="sft", lr=1 / 3, steps=1.5),    # half as many updates again
+    "sft-third": dict(loss="sft", lr=1 / 3, steps=1.5),
     "clip-third": dict(loss="clip", old_every=8, eps_high=0.28, lr=1 / 3, steps=1.5),
 }
 EVAL_STEPS = (8, 16, 32, 48, 64, 96, 128)    # and the last
@@ -137,7 +138,7 @@ def question(problem):
 
 def in_words(answer):
     """'10 + 8 = 18 , so 18 + 2 = 20 # 20' -> '10+8=18, so 18+2=20. The sum is 20.'; without the
-    blanks, for which some tokenizers have tokens of their own."""
+    blanks, which would be tokens of their own for some tokenizers."""
     for old, new in ((" + ", "+"), (" = ", "="), (" , ", ", "), (" # ", ". The sum is ")):
         answer = answer.replace(old, new)
     return f"{answer}."
@@ -320,9 +321,9 @@ def drift(model, ids, mask, base_logits):
 
 
 def may_be_unread(wrong, ids, other):
-    """A greedy answer that leaves one reference, ids (n, T), at its first wrong token (n, T-1) can
-    only be another one, other (n, T'), to the same prompt if that leaves the first just there.
-    -> (n,) bool: for which rows it is worth a second pass."""
+    """Spares a second pass: only a greedy answer whose first wrong token, wrong (n, T-1), is just
+    where the two references ids (n, T) and other (n, T') first differ can equal the other.
+    -> (n,) bool: these rows."""
     T = min(ids.shape[1], other.shape[1])
     differs = ids[:, 1:T] != other[:, 1:T]                                   # (n, T-1)
     return wrong.any(1) & (wrong.int().argmax(1) == differs.int().argmax(1))
@@ -385,7 +386,8 @@ def run_job(base, tokenizer, sets, flags, seed, method):
             sample = functools.partial(rollout, tokenizer)
             stats = list(rl.grpo(healed, base, c, seed, sample))
             found = evaluate(healed, sets)
-            rows.append(dict(row, stage="rl", step=step, **found, reward=stats[-1]["reward"]))
+            reward = ev.mean(s["reward"] for s in stats[-10:])
+            rows.append(dict(row, stage="rl", step=step, **found, reward=reward))
             show(rows[-1])
             begin = time.perf_counter()
     return rows
@@ -398,8 +400,8 @@ COMPARED = ("facts", "text", "kl", "entropy", "ood", "ood_rule")
 LEGEND = """ID, OOD: the expert's greedy answer, every token right; unread: OOD, every face card
 counted 10; facts: completed right; text nll, ID nll: nats a token; KL(base || model), entropy:
 nats a token on the base's own answers; clipped: share of the tokens in the last K updates"""
-COLORS = {"sft": "#1f77b4", "clip": "#ff7f0e", "sft-third": "#7fb2da",
-          "clip-third": "#ffc08a"}
+COLORS = {"sft": "#1f77b4", "clip": "#ff7f0e", "sft-third": "#0b3c5d",
+          "clip-third": "#a34f00"}
 
 
 def config(flags, method):
@@ -460,6 +462,8 @@ def check_tokenizer(tokenizer, name):
         raise ValueError(f"--model {name}: its tokenizer has no EOS token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat(tokenizer, "")[0] == tokenizer.pad_token_id:    # Adapter.generate would take it for pad
+        raise ValueError(f"--model {name}: its prompts begin with the pad token")
 
 
 @torch.no_grad()
@@ -605,11 +609,12 @@ def report(rows, path):
 
 
 def figure(rows, path):
-    """ID and OOD, facts, nll of plain text minus the base's, KL: over updates, means over seeds
-    with their 95 % band; and facts against ID, the means alone."""
+    """ID and OOD over updates, means over seeds with their 95 % band; then facts, nll of plain text
+    minus the base's and KL against ID: what a method has changed where it has learnt as much. Means
+    over seeds of each evaluation, and faint, each seed."""
     import matplotlib.figure
-    fig = matplotlib.figure.Figure((18, 3.8), layout="tight")
-    axes = fig.subplots(1, 5)
+    fig = matplotlib.figure.Figure((13, 3.6), layout="tight")
+    axes = fig.subplots(1, 4)
     bases = {row["seed"]: row for row in rows if row["stage"] == "base"}
     rows = [dict(row, text=row["text"] - bases[row["seed"]]["text"]) for row in rows]
     for method in METHODS:
@@ -617,22 +622,24 @@ def figure(rows, path):
         for row in rows:
             if row["method"] in ("base", method) and row["stage"] != "rl":
                 some.append(dict(row, method=method, stage="sft"))
-        look = dict(color=COLORS[method], marker=".", label=method)
+        look = dict(color=COLORS[method], marker=".")
         by_step = functools.partial(ev.by_step, some, method, "sft")
-        ev.draw_band(axes[0], *by_step("id"), **look)
-        ev.draw_band(axes[0], *by_step("ood"), **dict(look, linestyle="--", label=None))
+        ev.draw_band(axes[0], *by_step("id"), **look, label=method)
+        ev.draw_band(axes[0], *by_step("ood"), **look, linestyle="--")
         for ax, key in zip(axes[1:], ("facts", "text", "kl")):
-            ev.draw_band(ax, *by_step(key), **look)
-        axes[4].plot(by_step("id")[1], by_step("facts")[1], **look)
-    titles = ("ID, and dashed OOD", "facts known", "plain text: nll minus the base's",
-              "KL(base || model), nats a token", "facts known, against ID")
+            ax.plot(by_step("id")[1], by_step(key)[1], **look)
+            for seed in ev.seeds_of(some):
+                path_of_seed = ev.run_of(some, method, seed)
+                ax.plot([row["id"] for row in path_of_seed], [row[key] for row in path_of_seed],
+                        color=COLORS[method], linewidth=0.7, alpha=0.35)
+    titles = ("ID, and dashed OOD", "facts known", "plain text: nll minus base's",
+              "KL(base || model), nats")
     for ax, title in zip(axes, titles):
-        ax.set(title=title, xlabel="SFT updates")
+        ax.set(title=title, xlabel="ID accuracy")
         ax.grid(alpha=0.25)
-    axes[0].set_ylim(0, 1.02)
-    axes[4].set_xlabel("ID accuracy")
-    axes[4].legend(frameon=False)
-    fig.savefig(temporary(path), format="png", dpi=100)
+    axes[0].set(xlabel="SFT updates", ylim=(0, 1.02))
+    axes[0].legend(frameon=False, fontsize=8)
+    fig.savefig(temporary(path), format="png", dpi=130)
     temporary(path).replace(path)
 
 

@@ -160,17 +160,19 @@ def test_a_run_is_written_found_again_and_refuses_other_settings(folder, tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     found = [(row["method"], row["stage"], row["step"]) for row in rows]
     assert sorted(found) == [
-        ("base", "base", 0), ("clip", "rl", 2), ("clip", "sft", 2), ("sft", "rl", 2),
-        ("sft", "sft", 2), ("sft-third", "rl", 2), ("sft-third", "sft", 2), ("sft-third", "sft", 3)]
+        ("base", "base", 0), ("clip", "rl", 2), ("clip", "sft", 2),
+        ("clip-third", "rl", 2), ("clip-third", "sft", 2), ("clip-third", "sft", 3),
+        ("sft", "rl", 2), ("sft", "sft", 2),
+        ("sft-third", "rl", 2), ("sft-third", "sft", 2), ("sft-third", "sft", 3)]
     nll = {row["method"]: row["nll"] for row in rows if row["stage"] != "rl"}    # the last step's
-    assert len(set(nll.values())) == 4
+    assert len(set(nll.values())) == 5
     assert (tmp_path / "rows.png").stat().st_size > 10000
     assert "tiny-llama" in capsys.readouterr().out
     run(folder, tmp_path, *rl)
-    assert capsys.readouterr().out.count("found; delete") == 4
+    assert capsys.readouterr().out.count("found; delete") == 5
     again = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert again == rows
-    assert "was made with lr = 0.0001, now 5e-05" in said(run, folder, tmp_path, "--lr", "5e-5")
+    assert "was made with lr = 3.3" in said(run, folder, tmp_path, "--lr", "5e-5")
     assert "eval_n = 2, now 3" in said(run, folder, tmp_path, "--eval_n", "3")
     assert "rl_from = [2], now []" in said(run, folder, tmp_path, "--rl_steps", "1")
 
@@ -249,6 +251,8 @@ def test_what_cannot_work_ends_in_one_line(folder, tmp_path, monkeypatch):
     assert "no chat template" in said(run, tmp_path / "bare", tmp_path)
     save_tokenizer(tmp_path / "bare", eos=None)
     assert "no EOS" in said(run, tmp_path / "bare", tmp_path)
+    save_tokenizer(tmp_path / "bare", template=f"<end>{TEMPLATE}")    # EOS serves as pad
+    assert "begin with the pad" in said(run, tmp_path / "bare", tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install transformers" in said(run, folder, tmp_path)
     assert not (tmp_path / "run").exists()
