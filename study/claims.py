@@ -593,7 +593,9 @@ def claims_on_improbable_tokens(rows, measurements):
     yield Claim("order", "1", "clip learns improbable tokens later",
                 "log p at update 16 where base p < .1, SFT minus clip",
                 difference(rows, "logp_low", "sft", "clip", at_step(16)), margin=NO_MARGIN,
-                beside={"p > .9": difference(rows, "logp_high", "sft", "clip", at_step(16))},
+                beside={"p > .9": difference(rows, "logp_high", "sft", "clip", at_step(16)),
+                        "ID at update 8, SFT": values(rows, "id", "sft", at_step(8)),
+                        "clip": values(rows, "id", "clip", at_step(8))},
                 by_construction="after two refreshes a probability has grown 1.64-fold, about")
     early = [at_step(step) for step in (8, 16, 32, 64)]
     numbers = values(rows, "clip_numbers", "clip", *early)
@@ -766,12 +768,14 @@ def claims_on_rl(rows, measurements):
 
 
 def after_rl_from_8(rows):
-    """What RL makes of 8 updates of SFT, and minus SFT at its OOD peak -> {label: one a seed}."""
+    """What RL makes of 8 updates of SFT, beside SFT at its OOD peak -> {label: one a seed}."""
     found = {}
     for key in ("id", "ood", "prior"):
         end = values(rows, key, "sft", after_rl(8))
+        peak = values(rows, key, "sft", at_peak)
         found[f"{ev.COLUMNS[key]} after RL from 8"] = end
-        found[f"{ev.COLUMNS[key]} then, minus SFT's peak"] = end - values(rows, key, "sft", at_peak)
+        found["at SFT's peak, " + ev.COLUMNS[key]] = peak
+        found["difference in " + ev.COLUMNS[key]] = end - peak
     return found
 
 

@@ -259,6 +259,18 @@ def test_what_cannot_work_ends_in_one_line(folder, tmp_path, monkeypatch):
 
 
 # ================================================================= without
+def test_a_generated_response_ends_with_its_eos_and_the_left_pad_is_gone():
+    """Pad 0, EOS 9. The second prompt is padded; its response was cut off, so it has no EOS."""
+    class Decoded(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def generate(self, prompts, **_):
+            return torch.cat([prompts, torch.tensor([[5, 9, 0, 0], [6, 7, 8, 6]])], 1)
+    ids, mask = llm.Adapter(Decoded()).generate(torch.tensor([[1, 2, 3], [0, 0, 4]]), 4, 9, 0)
+    assert ids.tolist() == [[1, 2, 3, 5, 9], [4, 6, 7, 8, 6]]
+    assert mask.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
+
+
 def test_demonstrations_are_those_of_data(monkeypatch):
     monkeypatch.setattr(llm, "dialogue", lambda _, problem, answer: f"{problem.prompt} {answer}")
     monkeypatch.setattr(llm, "batch", lambda pairs, pad: pairs)
