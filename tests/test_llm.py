@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -269,6 +270,19 @@ def test_a_generated_response_ends_with_its_eos_and_the_left_pad_is_gone():
     ids, mask = llm.Adapter(Decoded()).generate(torch.tensor([[1, 2, 3], [0, 0, 4]]), 4, 9, 0)
     assert ids.tolist() == [[1, 2, 3, 5, 9], [4, 6, 7, 8, 6]]
     assert mask.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
+
+
+def test_the_three_references_of_a_hand(monkeypatch):
+    """J, Q, K of the OOD rule against 10, 10, 10; in each the largest card first."""
+    problem = data.Problem("S", (10, 10, 10), ("J", "3", "Q", "2"))
+    twin = problem._replace(rule=(12, 18, 14))
+    monkeypatch.setattr(llm.ev, "eval_sets", lambda n, seed: dict(id=[problem], ood=[twin]))
+    monkeypatch.setattr(llm, "dialogue", lambda _, problem, answer: (problem.rule, answer))
+    monkeypatch.setattr(llm, "batch", lambda pairs, pad: pairs)
+    assert llm.card_sets(SimpleNamespace(pad_token_id=0), 1, 0) == dict(
+        id=[((10, 10, 10), "10 + 10 = 20 , 20 + 3 = 23 , 23 + 2 = 25 # 25")],
+        ood=[((12, 18, 14), "18 + 12 = 30 , 30 + 3 = 33 , 33 + 2 = 35 # 35")],
+        ood_rule=[((12, 18, 14), "10 + 10 = 20 , 20 + 3 = 23 , 23 + 2 = 25 # 25")])
 
 
 def test_demonstrations_are_those_of_data(monkeypatch):
