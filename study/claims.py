@@ -937,15 +937,20 @@ def draw_values(ax, places, columns, **style):
 
 def idea_figure(path):
     """The weight on grad log pi of a token against r, with p_old = .2."""
-    fig = Figure((5, 3.4), layout="tight")
+    fig = Figure((6, 3.4), layout="tight")
     ax = fig.subplots()
-    r = np.linspace(0.3, 2, 500)
-    ax.plot(r, np.ones_like(r), "-", lw=2, color="#1f77b4", label="SFT")
-    ax.plot(r, 0.2 * r, "--", lw=2, color="#2ca02c", label="DFT: the probability, here .2 r")
-    ax.plot(r, np.where(r <= 1.28, r, 0), "-", lw=2, color="#ff7f0e", label="clip = GRPO, A = 1")
-    ax.plot(r, np.where(r >= 0.8, -r, 0), ":", lw=2, color="#d62728", label="GRPO, A = -1")
-    ax.set(xlabel="r = probability now / at the last refresh", ylabel="weight on its gradient")
-    ax.axvline(1, color="gray", lw=0.8)
+    below = np.array([0.3, 0.8])
+    above = np.array([1.28, 2.0])
+    whole = np.array([0.3, 2.0])
+    ax.plot(whole, [1, 1], lw=2, color="#1f77b4", label="SFT")
+    ax.plot(whole, 0.2 * whole, "--", lw=2, color="#2ca02c", label="DFT: p, here .2 r")
+    ax.plot([0.3, 1.28], [0.3, 1.28], lw=2, color="#ff7f0e", label="clip = GRPO, A = 1")
+    ax.plot(above, [0, 0], lw=2, color="#ff7f0e")
+    ax.plot([0.8, 2.0], [-0.8, -2.0], ":", lw=2, color="#d62728", label="GRPO, A = -1")
+    ax.plot(below, [0, 0], ":", lw=2, color="#d62728")
+    ax.set(xlabel="r = probability now / at the last refresh, p_old = .2",
+           ylabel="weight on the token's gradient", ylim=(-2.1, 1.7))
+    ax.set_xticks([0.5, 0.8, 1, 1.28, 1.5, 2], ["0.5", "1 - ε", "1", "1 + ε", "1.5", "2"])
     ax.legend(loc="lower left", frameon=False, fontsize=8)
     ax.grid(alpha=0.25)
     fig.savefig(path, dpi=130)
