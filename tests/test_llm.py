@@ -285,6 +285,23 @@ def test_the_three_references_of_a_hand(monkeypatch):
         ood_rule=[((12, 18, 14), "10 + 10 = 20 , 20 + 3 = 23 , 23 + 2 = 25 # 25")])
 
 
+def test_a_row_has_the_loss_and_the_clipped_share_of_the_last_round(monkeypatch):
+    """Three updates, the old policy refreshed every two: the rows are of 1, then of 2 and 3."""
+    def finetune(model, base, ids, mask, c, seed):
+        for step, loss, clipped in ((1, -1.0, [0, 0]), (2, -1.5, [1, 0]), (3, -2.5, [1, 1])):
+            yield step, dict(loss=torch.tensor(loss), clipped=torch.tensor([clipped]),
+                             mask=torch.tensor([[True, True]]))
+    monkeypatch.setattr(llm.clipsft, "finetune", finetune)
+    monkeypatch.setattr(llm, "demonstrations", lambda *args: (None, None))
+    monkeypatch.setattr(llm, "evaluate", lambda model, sets: {})
+    monkeypatch.setattr(llm, "EVAL_STEPS", (1,))
+    monkeypatch.setitem(llm.METHODS, "clip", dict(loss="clip", old_every=2))
+    flags = llm.read_flags(["--model", "hand", "--steps", "3"])
+    rows = llm.run_job(torch.nn.Linear(1, 1), SimpleNamespace(), {}, flags, 0, "clip")
+    found = [(row["step"], row["loss"], row["clip_frac"]) for row in rows]
+    assert found == [(1, -1.0, 0.0), (3, -2.0, 0.75)]
+
+
 def test_demonstrations_are_those_of_data(monkeypatch):
     monkeypatch.setattr(llm, "dialogue", lambda _, problem, answer: f"{problem.prompt} {answer}")
     monkeypatch.setattr(llm, "batch", lambda pairs, pad: pairs)
