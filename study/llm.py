@@ -584,6 +584,31 @@ def differences(rows, method, reference, key):
     return found
 
 
+def last_differences(rows, method, reference, key):
+    """One value a seed: method minus reference, each at its last update, whatever ID is there."""
+    found = []
+    for seed in ev.seeds_of(rows):
+        mine = ev.run_of(rows, method, seed)
+        other = ev.run_of(rows, reference, seed)
+        if mine and other:
+            found.append(mine[-1][key] - other[-1][key])
+    return found
+
+
+def print_pairs(where, rows, differences_of, keys):
+    titles = "".join(f"{f'{method} - {reference}':>25}" for method, reference in PAIRS)
+    print(f"\n{where}: paired differences, mean +- 95 % (n seeds)\n{'':10}{titles}")
+    for key in keys:
+        cells = ""
+        for method, reference in PAIRS:
+            values = differences_of(rows, method, reference, key)
+            middle, half = ev.interval(values)
+            width = f"+- {half:.4f}" if len(values) > 1 else ""    # one seed has no interval
+            cell = f"{middle:+.4f} {width}" if values else "none"
+            cells += f"{f'{cell} ({len(values)})':>25}"
+        print(f"{MEASURES[key]:10}{cells}")
+
+
 def report(rows, path):
     """Print the tables, draw the figure."""
     print(f"\n{rows[0]['model']}, means over n seeds\n{LEGEND}\n\n{header()}")
@@ -594,17 +619,8 @@ def report(rows, path):
                         if (row["method"], row["stage"], row["step"]) == (method, stage, step)]
                 show(ev.average(some), f"{method}, step {step}{after}, n {len(some)}")
     levels = " and ".join(f"{level:g}" for level in LEVELS)
-    titles = "".join(f"{f'{method} - {reference}':>25}" for method, reference in PAIRS)
-    print(f"\nat equal ID, {levels}: paired differences, mean +- 95 % (n seeds)\n{'':10}{titles}")
-    for key in COMPARED:
-        cells = ""
-        for method, reference in PAIRS:
-            values = differences(rows, method, reference, key)
-            middle, half = ev.interval(values)
-            width = f"+- {half:.4f}" if len(values) > 1 else ""    # one seed has no interval
-            cell = f"{middle:+.4f} {width}" if values else "never equal"
-            cells += f"{f'{cell} ({len(values)})':>25}"
-        print(f"{MEASURES[key]:10}{cells}")
+    print_pairs(f"at equal ID, {levels}", rows, differences, COMPARED)
+    print_pairs("at the last update of each", rows, last_differences, ("id", *COMPARED))
     figure(rows, path)
 
 

@@ -376,6 +376,12 @@ def test_differences_at_equal_id(monkeypatch):
     assert llm.differences(rows, "clip", "sft-third", "facts") == pytest.approx([-0.01])
 
 
+def test_differences_at_the_last_updates():
+    """Seed 0: .80 - .60; seed 1: .84 - .40."""
+    found = llm.last_differences(by_hand(), "clip", "sft", "facts")
+    assert found == pytest.approx([0.20, 0.44])
+
+
 def test_the_table_from_rows_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(llm, "LEVELS", (0.5, 0.7))
