@@ -448,7 +448,7 @@ def samples(rows, seed):
         best = max(curve, key=lambda row: row["ood"])
         for row, name in ((best, ", OOD peak"), (curve[-1], "")):
             label = f"{method}, step {row['step']}{name}"
-            lines.append(f"{label:32}{row['sample']}")
+            lines.append(f"{label:31} {row['sample']}")
     return "\n".join(lines)
 
 
