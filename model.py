@@ -138,7 +138,7 @@ class GPT(nn.Module):
             raise ValueError(f"prompt {P} + response {max_new} exceed block_size {c.block_size}")
         ids = torch.full((n * len(prompts), S), pad, device=self.device)
         ids[:, :P] = prompts.repeat_interleave(n, 0)
-        # Rows still decoding: entry i of token, done, x and the cache belongs to row live[i] of ids.
+        # Rows still decoding: entry i of token, done, x and the cache is of row live[i] of ids.
         live = torch.arange(len(ids), device=self.device)
         done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
         with self.autocast():
@@ -234,8 +234,8 @@ def response_logprobs(model, ids, mask, temperature=1.0):
 
 
 def trim(ids, mask):
-    """Drop the columns of ids, mask (B, T) behind the last one that any row trains; none if the mask
-    is empty."""
+    """Drop the columns of ids, mask (B, T) behind the last that any row trains; none if the mask is
+    empty."""
     used = mask.any(0).nonzero()                                             # (columns, 1)
     if len(used) == 0:
         return ids, mask

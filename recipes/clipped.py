@@ -13,8 +13,10 @@ Needs torch (2.9 or newer) alone. In a plain PyTorch loop:
         optimizer.step()
         optimizer.zero_grad()
 
-The loss is -1 at updates 0, 8, 16, ..., where r = 1, and not between. With several micro-batches an
-update or several processes give masked_mean the number of trained tokens, from update_tokens.
+The loss is -1 at updates 0, 8, 16, ..., where r = 1, and not between. It is -1 with wrong targets
+too: the mask is targets >= 0, not labels >= 0, which lie one place further on. begin_update counts
+updates, not micro-batches. With several micro-batches an update or several processes give
+masked_mean the number of trained tokens, from update_tokens.
 
 Costs, against plain SFT: one copy of the trained weights (with LoRA of the adapters), a forward
 pass without gradients for each micro-batch, at the first update two. Measured on GPT-2 of 124M
@@ -151,8 +153,9 @@ def check_no_dropout(model):
         is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
         if is_dropout and module.training and module.p > 0:
             raise RuntimeError(f"dropout {module.p} at {name or 'the model'} makes r noise. Set it "
-                               "to 0 in the model's (or LoRA's) config, or now: "
-                               "for m in model.modules(): if isinstance(m, nn.Dropout): m.p = 0")
+                               "to 0 in the model's (or LoRA's) config, or now:"
+                               "\nfor m in model.modules():\n    if isinstance(m, torch.nn.Dropout):"
+                               "\n        m.p = 0")
 
 
 def check_equal(logp, old_logp, mask):

@@ -878,7 +878,7 @@ def table_row(cells):
 
 
 def claims_table(claims):
-    """-> lines of Markdown. above: of the n seeds those with an effect above the bound, mostly 0."""
+    """-> lines of Markdown. above: of n seeds those with an effect above the bound."""
     titles = ["claim", "paper", "what it says: what was measured", "effect ± 95 %", "n", "above",
               "verdict", "beside it"]
     lines = [table_row(titles), "|---" * len(titles) + "|"]
@@ -1031,6 +1031,8 @@ def run_study(args):
     runs lie in folders of their own, on the same bases."""
     torch.set_num_threads(1)
     run = args.run
+    print(f"the study in {run}: computes what is not there yet, hours in all, and overwrites "
+          f"the rows and figures in {args.out}", flush=True)
     seeds = range(args.seed, args.seed + args.seeds)
     few = seeds[:args.few_seeds]
     same_bases = ["--base_from", run, *args.flags]
